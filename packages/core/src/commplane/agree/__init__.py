@@ -1,0 +1,24 @@
+"""The control plane: what all ranks of a group find out and decide together. Every wait has a deadline."""
+
+from __future__ import annotations
+
+from commplane.agree.bootstrap import PeerFailed, StoreBootstrap
+from commplane.agree.build import Attempt, Setback, build_backend, close_backend, joint_verdict, setback
+from commplane.agree.facts import exchange_facts
+from commplane.agree.guard import Activity, CaptureGuard
+from commplane.agree.probe import probe_all
+
+__all__ = [
+    "Activity",
+    "Attempt",
+    "CaptureGuard",
+    "PeerFailed",
+    "Setback",
+    "StoreBootstrap",
+    "build_backend",
+    "close_backend",
+    "exchange_facts",
+    "joint_verdict",
+    "probe_all",
+    "setback",
+]

@@ -1,0 +1,140 @@
+"""Build the agreed backends: open with a deadline, vote, canary, vote. A rank never falls back alone."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from commplane.agree.bootstrap import PeerFailed, StoreBootstrap
+from commplane.agree.bounded import Stalled, call_bounded
+from commplane.api import BackendSpec, BuildContext, CommBackend
+from commplane.errors import AgreementError, CommplaneError, CommplaneWarning, PeerError
+from commplane.select import Candidate, difference
+
+__all__ = ["Attempt", "Setback", "build_backend", "close_backend", "joint_verdict", "setback"]
+
+
+@dataclass(frozen=True)
+class Setback:
+    """Why a step failed on this rank. `derived` if it only failed because another rank did."""
+
+    text: str
+    derived: bool = False
+
+
+def setback(error: BaseException) -> Setback:
+    """An exception as one line for a message on other ranks."""
+    if isinstance(error, (CommplaneError, Stalled)):
+        return Setback(str(error), isinstance(error, (PeerFailed, PeerError)))
+    return Setback(" ".join("".join(traceback.format_exception_only(type(error), error)).split()))
+
+
+def joint_verdict(
+    bootstrap: StoreBootstrap,
+    what: str,
+    problem: Setback | None,
+    timeout: float,
+    digest: str = "",
+    in_capture: bool = False,
+) -> str | None:
+    """Vote: None if every rank succeeded, else the reasons in one text that is equal on every rank. Collective.
+
+    Ranks that failed only because another did are left out of the text where the cause is known. `digest`, if given, is
+    compared on the way.
+
+    Raises:
+        AgreementError: the digests differ.
+        PeerError: a rank did not vote.
+    """
+    vote = {"problem": problem and problem.text, "derived": problem is not None and problem.derived, "digest": digest}
+    votes = bootstrap.all_gather(vote, what=f"vote on {what}", timeout=timeout, in_capture=in_capture)
+    text = difference(f"the plan before {what}", dict(zip(bootstrap.ranks, (v["digest"] for v in votes), strict=True)))
+    if text is not None:
+        raise AgreementError(f"{text}; does a commplane_select_backend hook answer differently on some rank?")
+    failed = [(rank, v) for rank, v in zip(bootstrap.ranks, votes, strict=True) if v["problem"] is not None]
+    causes = [(rank, v["problem"]) for rank, v in failed if not v["derived"]]
+    reasons: dict[str, list[int]] = {}
+    for rank, reason in causes or [(rank, v["problem"]) for rank, v in failed]:
+        reasons.setdefault(reason, []).append(rank)
+    return "; ".join(
+        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {reason}"
+        for reason, ranks in reasons.items()
+    ) or None
+
+
+@dataclass
+class Attempt:
+    """How building one backend ended. `backend` is None unless `candidate` is ready."""
+
+    candidate: Candidate
+    backend: CommBackend | None
+
+
+def build_backend(
+    spec: BackendSpec,
+    dist: str,
+    make: Callable[[], CommBackend],
+    context: BuildContext,
+    attempt: StoreBootstrap,
+    votes: StoreBootstrap,
+    digest: str,
+    check: Callable[[BackendSpec, CommBackend, BuildContext], None],
+) -> Attempt:
+    """Open `spec` on all ranks or on none. Collective.
+
+    Args:
+        spec: what to build.
+        dist: where it came from, for the plan.
+        make: constructs the backend object. Local.
+        context: what it is opened with.
+        attempt: the context's control plane, of this attempt alone.
+        votes: control plane of the communicator.
+        digest: of the decisions so far, compared with the other ranks'.
+        check: the canary. Collective.
+    """
+    seconds = context.deadline.seconds
+    holder: list[CommBackend] = []
+
+    def release() -> None:
+        for backend in holder:
+            close_backend(spec.name, backend)
+
+    def open_it() -> None:
+        backend = make()
+        holder.append(backend)
+        backend.open(context)
+
+    for state, step in (("build", open_it), ("canary", lambda: check(spec, holder[0], context))):
+        problem: Setback | None = None
+        try:
+            call_bounded(step, seconds, f"{spec.name} {state}", on_late=release)
+        except Exception as error:  # whatever a plugin raises becomes a vote
+            problem = setback(error)
+            # Peers inside a round or a wait of this attempt need not sit out its deadline.
+            attempt.fail(problem.text)
+            abort_backend(spec.name, holder)
+        # A step is bounded by `seconds` on each rank, so a rank may come to the vote that much later than another.
+        reasons = joint_verdict(votes, f"{state} of {spec.name}", problem, 2 * seconds + 1, digest)
+        if reasons is not None:
+            release()
+            return Attempt(Candidate(spec.name, dist, state, reasons), None)
+    return Attempt(Candidate(spec.name, dist, "ready"), holder[0])
+
+
+def abort_backend(name: str, holder: list[CommBackend]) -> None:
+    """Make peers that wait for us stop. Local; a half-built backend that cannot is warned of, its peers have a deadline."""
+    for backend in holder:
+        try:
+            backend.abort()
+        except Exception as error:
+            warnings.warn(f"abort of backend {name!r} raised {error!r}", CommplaneWarning, stacklevel=2)
+
+
+def close_backend(name: str, backend: CommBackend) -> None:
+    """Close; what a plugin raises here is a warning, because the caller is already leaving. Local."""
+    try:
+        backend.close()
+    except Exception as error:
+        warnings.warn(f"close of backend {name!r} raised {error!r}", CommplaneWarning, stacklevel=2)

@@ -1,0 +1,117 @@
+"""Before anything real, each built backend proves what it does: data whose result tells which ranks were combined.
+
+Rank r contributes a value at position r (modulo the world size) and zero elsewhere, so that each element of a sum is one rank's
+contribution: a rank left out, counted twice, or of another group shows at its own position. Two rounds with different values
+catch a buffer that is not refreshed. All values are small integers, exact in every dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from commplane.api import BackendSpec, BuildContext, Capability, Collective, CommBackend, ReduceOp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CanaryError", "check", "verify_overrides"]
+
+# Beyond one element a rank, so that vector code and its tail both run.
+_REPEATS = 9
+
+
+class CanaryError(Exception):
+    """A backend gave a wrong result."""
+
+
+def verify_overrides(spec: BackendSpec, backend: CommBackend) -> None:
+    """What the spec declares must be implemented: a class that inherits the refusing body is a wrong declaration. Local."""
+    methods = {
+        Capability.ALL_REDUCE: "all_reduce_",
+        Capability.SYMMETRIC_MEMORY: "empty",
+        **{Capability(c.value): c.value for c in Collective if c is not Collective.ALL_REDUCE},
+    }
+    for capability, method in methods.items():
+        if capability in spec.capabilities and getattr(type(backend), method) is getattr(CommBackend, method):
+            raise CanaryError(f"declares {capability} but {type(backend).__name__} does not override {method}")
+
+
+def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> None:
+    """Run every collective the spec declares, in each dtype and op it claims. Collective; raises `CanaryError`."""
+    for collective in spec.collectives():
+        if collective is Collective.BARRIER:
+            backend.barrier()
+            continue
+        for name in sorted(spec.dtypes) or ["float32"]:
+            dtype = getattr(torch, name)
+            ops: list[ReduceOp | None] = [None]
+            if collective.reduces:
+                ops = [o for o in ReduceOp if o in spec.ops and (o is not ReduceOp.AVG or dtype.is_floating_point)]
+            for op in ops:
+                for salt in (0, 1):
+                    for what, got, wanted in _run(backend, context, collective, op, dtype, salt):
+                        _compare(f"{what} of {name}", got, wanted, op, context)
+
+
+def _values(context: BuildContext, dtype: torch.dtype, salt: int) -> Tensor:
+    """Row r is what rank r contributes."""
+    n = context.world_size
+    rows = torch.zeros(n, n * _REPEATS)
+    for r in range(n):
+        rows[r, r::n] = 1 + (r + salt) % 5
+    return rows.to(device=context.device, dtype=dtype)
+
+
+def _reduced(rows: Tensor, op: ReduceOp) -> Tensor:
+    wide = rows.double()
+    if op is ReduceOp.MIN:
+        return wide.amin(0)
+    if op is ReduceOp.MAX:
+        return wide.amax(0)
+    return wide.sum(0) if op is ReduceOp.SUM else wide.mean(0)
+
+
+def _run(
+    backend: CommBackend,
+    context: BuildContext,
+    collective: Collective,
+    op: ReduceOp | None,
+    dtype: torch.dtype,
+    salt: int,
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    rows = _values(context, dtype, salt)
+    if op is ReduceOp.MIN:
+        # Zeros would win everywhere: let the ranks' own values compete instead.
+        rows = rows + torch.arange(1, context.world_size + 1, device=rows.device).flip(0)[:, None].to(dtype)
+    mine, rank, n = rows[context.rank].clone(), context.rank, context.world_size
+    if collective is Collective.ALL_REDUCE and op is not None:
+        yield f"all_reduce {op}, out of place", backend.all_reduce(mine, op), _reduced(rows, op)
+        yield "the input of all_reduce", mine.clone(), rows[rank]
+        yield f"all_reduce {op}, in place", backend.all_reduce_(mine, op), _reduced(rows, op)
+    elif collective is Collective.REDUCE_SCATTER and op is not None:
+        wanted = _reduced(rows, op).reshape(n, -1)[rank]
+        yield f"reduce_scatter {op}", backend.reduce_scatter(mine, op), wanted
+    elif collective is Collective.ALL_GATHER:
+        yield "all_gather", backend.all_gather(mine), rows.reshape(-1)
+    elif collective is Collective.BROADCAST:
+        src = salt % n
+        yield f"broadcast from {src}", backend.broadcast(mine, src), rows[src]
+
+
+def _compare(what: str, got: Tensor, wanted: Tensor, op: ReduceOp | None, context: BuildContext) -> None:
+    # Only a mean of integers may need rounding, and then within the precision of the dtype it is held in.
+    tolerance = torch.finfo(got.dtype).eps * 8 if op is ReduceOp.AVG else 0.0
+    wide, wanted = got.double(), wanted.double()
+    if wide.shape != wanted.shape:
+        raise CanaryError(f"{what} has shape {list(wide.shape)}, wanted {list(wanted.shape)}")
+    wrong = ((wide - wanted).abs() > tolerance * wanted.abs()) | wide.isnan()
+    if bool(wrong.any()):
+        i = int(wrong.reshape(-1).nonzero()[0])
+        owner = context.ranks[i % context.world_size]
+        raise CanaryError(
+            f"{what} is wrong: element {i}, which tells whether rank {owner} took part, is {wide.reshape(-1)[i].item():g}, "
+            f"wanted {wanted.reshape(-1)[i].item():g}"
+        )

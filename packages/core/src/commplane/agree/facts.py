@@ -1,0 +1,104 @@
+"""Observe this process, exchange, and hold the same facts on every rank."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from commplane.agree.bootstrap import StoreBootstrap
+from commplane.agree.shared_memory import SHM_DIRECTORY, ProofSegment, sweep
+from commplane.api import Facts, RankFacts
+from commplane.api.facts import process_start
+
+__all__ = ["exchange_facts", "observe"]
+
+
+def _memory_limit() -> int | None:
+    limits = []
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    try:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (OSError, ValueError):
+        pass  # a system that does not tell: the cgroup limit, if any, is what is known
+    return min(limits, default=None)
+
+
+def _devices() -> tuple[str, ...]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        # Names are read from an existing context only: observing must not create one in a process that forks later.
+        return ()
+    return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _cores() -> tuple[int, ...]:
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def _pid_namespace() -> str:
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def observe(rank: int) -> RankFacts:
+    """This process, without `shm_domain`, which takes an exchange. Local."""
+    torch = sys.modules.get("torch")
+    return RankFacts(
+        rank=rank,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        pid_start=process_start(os.getpid()) or 0,
+        pid_namespace=_pid_namespace(),
+        shm_domain=None,
+        shm_free=shutil.disk_usage(SHM_DIRECTORY).free if SHM_DIRECTORY.is_dir() else None,
+        memory_limit=_memory_limit(),
+        cores=_cores(),
+        devices=_devices(),
+        machine=platform.machine(),
+        python=platform.python_version(),
+        torch=None if torch is None else str(torch.__version__),
+    )
+
+
+def exchange_facts(bootstrap: StoreBootstrap, host_alias: str) -> Facts:
+    """Observe, prove who shares memory with whom, and gather. Collective over the plane, three rounds.
+
+    Ranks with different `host_alias` are never held to share memory.
+    """
+    sweep()
+    mine = observe(bootstrap.rank)
+    hello = bootstrap.all_gather(
+        {"facts": mine.to_json(), "alias": host_alias, "nonce": secrets.token_hex(8)}, what="facts"
+    )
+    aliases: Sequence[str] = [h["alias"] for h in hello]
+    proof = ProofSegment(hello[0]["nonce"], bootstrap.rank)
+    try:
+        digests = bootstrap.all_gather(proof.digest, what="shared-memory proof")
+        domain = next(
+            (r for r, d in enumerate(digests) if aliases[r] == host_alias and proof.maps(r, d)),
+            None,
+        )
+        domains = bootstrap.all_gather(domain, what="shared-memory proof, answers")
+    except BaseException:
+        # A peer is gone, perhaps before it could remove its name; every name is known, so any survivor can.
+        proof.unlink(range(bootstrap.world_size))
+        raise
+    proof.unlink([bootstrap.rank])
+    return Facts(replace(RankFacts.from_json(h["facts"]), shm_domain=d) for h, d in zip(hello, domains, strict=True))

@@ -1,0 +1,52 @@
+"""Ask each backend whether it can serve a group. Local: nothing here communicates."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from commplane.agree.bounded import call_bounded
+from commplane.agree.build import setback
+from commplane.api import BackendSpec, Facts, ProbeRequest, Unusable, Usable, Verdict
+from commplane.plugins import Registered
+from commplane.select import static_refusal
+
+__all__ = ["probe_all"]
+
+
+def probe_all(
+    backends: Mapping[str, Registered], request: ProbeRequest, options: Mapping[str, Mapping[str, Any]], facts: Facts, timeout: float
+) -> dict[str, dict[str, Any]]:
+    """The verdict of each backend, as JSON, with its spec and where it came from. Local, each probe within `timeout`."""
+    out = {}
+    for name, registered in backends.items():
+        spec = registered.spec
+        assert isinstance(spec, BackendSpec)
+        own = ProbeRequest(request.key, request.rank, options.get(name, {}))
+        verdict = _probe(spec, own, facts, timeout)
+        out[name] = {
+            "spec": spec.to_json(),
+            "dist": f"{registered.dist or registered.plugin} {registered.version}",
+            "usable": isinstance(verdict, Usable),
+            "reason": verdict.reason if isinstance(verdict, Unusable) else "",
+        }
+    return out
+
+
+def _probe(spec: BackendSpec, request: ProbeRequest, facts: Facts, timeout: float) -> Verdict:
+    refusal = static_refusal(spec, request.key)
+    if refusal is not None:
+        return Unusable(refusal)
+
+    def call() -> Verdict:
+        module, _, attribute = spec.probe.partition(":")
+        verdict = getattr(importlib.import_module(module), attribute)(request, facts)
+        if not isinstance(verdict, (Usable, Unusable)):
+            raise TypeError(f"probe {spec.probe!r} must answer Usable or Unusable, found {verdict!r}")
+        return verdict
+
+    try:
+        return call_bounded(call, timeout, "probe")
+    except Exception as error:  # a probe that fails is a verdict, and a vote of the whole group
+        return Unusable(f"probe failed: {setback(error).text}")

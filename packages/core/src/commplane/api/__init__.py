@@ -1,0 +1,48 @@
+"""The contract: everything a plugin needs, and the only part of core (with `commplane.errors`) that it may import.
+
+Importing this loads neither torch nor any plugin.
+"""
+
+from __future__ import annotations
+
+from commplane.api.backend import BuildContext, CommBackend, ProbeRequest
+from commplane.api.bootstrap import Bootstrap, Deadline
+from commplane.api.facts import Facts, RankFacts
+from commplane.api.group import GroupKey
+from commplane.api.markers import hookimpl
+from commplane.api.spec import BackendSpec, PageStoreSpec, Spec, SyncField, SyncSpec, TransferSpec
+from commplane.api.types import Capability, Collective, Numerics, ReduceOp, Vote
+from commplane.api.verdict import Unusable, Usable, Verdict
+from commplane.api.versions import CACHE_API, COMM_API, TRANSFER_API
+from commplane.api.workspace import Requirement, Workspace
+
+__all__ = [
+    "CACHE_API",
+    "COMM_API",
+    "TRANSFER_API",
+    "BackendSpec",
+    "Bootstrap",
+    "BuildContext",
+    "Capability",
+    "Collective",
+    "CommBackend",
+    "Deadline",
+    "Facts",
+    "GroupKey",
+    "Numerics",
+    "PageStoreSpec",
+    "ProbeRequest",
+    "RankFacts",
+    "ReduceOp",
+    "Requirement",
+    "Spec",
+    "SyncField",
+    "SyncSpec",
+    "TransferSpec",
+    "Unusable",
+    "Usable",
+    "Verdict",
+    "Vote",
+    "Workspace",
+    "hookimpl",
+]

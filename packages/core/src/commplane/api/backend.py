@@ -1,0 +1,160 @@
+"""The contract of a backend: what a plugin implements, and what it is given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from commplane.api.bootstrap import Bootstrap, Deadline
+from commplane.api.facts import Facts
+from commplane.api.group import GroupKey
+from commplane.api.types import Capability, Collective, ReduceOp
+from commplane.api.workspace import Requirement, Workspace
+from commplane.errors import UnsupportedOperation
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BuildContext", "CommBackend", "ProbeRequest"]
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What a probe is asked about. `rank` is the group rank of this process; `options` are the backend's own settings."""
+
+    key: GroupKey
+    rank: int
+    options: Mapping[str, Any]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks in group order."""
+        return self.key.ranks
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the group."""
+        return len(self.key.ranks)
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a backend is opened with.
+
+    Attributes:
+        backend: its name in the plan.
+        key: identity of the group.
+        rank: group rank of this process.
+        device: device of this process for this group, such as ``"cpu"`` or ``"cuda:0"``.
+        bootstrap: control plane of this backend in this group; for `open`, `init_workspace`, `empty` and `capture_end`,
+            never for an operation.
+        facts: facts of all ranks of the plane.
+        deadline: when `open` must be done.
+        timeout: seconds that a running operation may wait for its peers.
+        options: the backend's own settings.
+    """
+
+    backend: str
+    key: GroupKey
+    rank: int
+    device: str
+    bootstrap: Bootstrap
+    facts: Facts
+    deadline: Deadline
+    timeout: float
+    options: Mapping[str, Any]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks in group order."""
+        return self.key.ranks
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the group."""
+        return len(self.key.ranks)
+
+    @property
+    def who(self) -> str:
+        """How errors of this communicator begin: ``[tp rank 3/8 custom_ar]``."""
+        return f"[{self.key.purpose} rank {self.rank}/{self.world_size} {self.backend}]"
+
+
+class CommBackend(ABC):
+    """One backend, opened for one group on one rank.
+
+    Threads: `open` and the canary run in a thread of their own; afterwards calls come from one thread at a time.
+    Ownership: tensors passed in belong to the caller again as soon as the call returns.
+    Errors: `PeerError` when peers are missing at the deadline, `MismatchError` when ranks called with different arguments,
+    `UnsupportedOperation` for anything not served. Never a silent no-op.
+    Override what the spec's capabilities declare; the rest raises `UnsupportedOperation`.
+    """
+
+    @abstractmethod
+    def open(self, context: BuildContext) -> None:
+        """Build. Collective over the group; raises if this rank cannot, and every rank then rolls back together."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. Idempotent, never waits for peers without a deadline; also called after a failed `open`."""
+
+    def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """Reduce in place over the ranks. Collective. Any shape and layout; returns `tensor`."""
+        raise self._unsupported(Capability.ALL_REDUCE)
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """Reduce into a new tensor. Collective. The input is left as it was."""
+        return self.all_reduce_(tensor.clone(), op)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks' tensors concatenated along dimension 0 in group order. Collective; shapes are equal on all ranks."""
+        raise self._unsupported(Capability.ALL_GATHER)
+
+    def reduce_scatter(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """Slice `rank` of the reduced tensor, cut evenly along dimension 0. Collective."""
+        raise self._unsupported(Capability.REDUCE_SCATTER)
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        """Fill `tensor` in place from group rank `src`. Collective; returns `tensor`."""
+        raise self._unsupported(Capability.BROADCAST)
+
+    def barrier(self) -> None:
+        """Return when all ranks have come here. Collective."""
+        raise self._unsupported(Capability.BARRIER)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in symmetric memory, uninitialised. Collective; same shape and dtype on every rank."""
+        raise self._unsupported(Capability.SYMMETRIC_MEMORY)
+
+    def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
+        """Build what `requirements` need. Collective; called before capture; nothing grows otherwise."""
+        return []
+
+    def capture_begin(self) -> None:
+        """A capture starts. Local. Only called with `Capability.CAPTURE`."""
+
+    def capture_end(self, bootstrap: Bootstrap) -> None:
+        """All ranks captured the same operations: exchange what replay needs. Collective; only with `Capability.CAPTURE`."""
+
+    def abort(self) -> None:
+        """Make peers that wait for this rank stop waiting. Local; optional."""
+
+    def bind(
+        self, collective: Collective, op: ReduceOp | None, dtype: torch.dtype | None, *, in_place: bool
+    ) -> Callable[..., Any]:
+        """The callable that the dispatch table holds for one (collective, op, dtype). Local.
+
+        It takes the tensor, and ``src`` for broadcast. Override to hand out something leaner than a method. Bound anew after
+        each `init_workspace`, so it may hold on to what was built.
+        """
+        if collective is Collective.ALL_REDUCE:
+            method = self.all_reduce_ if in_place else self.all_reduce
+            return lambda tensor: method(tensor, op)  # type: ignore[arg-type]
+        if collective is Collective.REDUCE_SCATTER:
+            return lambda tensor: self.reduce_scatter(tensor, op)  # type: ignore[arg-type]
+        return getattr(self, collective.value)  # type: ignore[no-any-return]
+
+    def _unsupported(self, capability: Capability) -> UnsupportedOperation:
+        return UnsupportedOperation(f"{type(self).__name__} does not implement {capability}: declare it only with its method")

@@ -1,0 +1,23 @@
+"""Contract versions, as (major, minor), separate from any package version.
+
+A plugin writes the number it was made for as a literal in its specs. Importing it from here would compare the number with
+itself, a check that cannot fail. A plugin fits when its major equals ours and its minor is not above ours.
+
+=========  ========  ==========================================================================
+contract   version   what it added
+=========  ========  ==========================================================================
+comm       1.0       BackendSpec, CommBackend, commplane_init_workspace
+transfer   1.0       TransferSpec
+cache      1.0       SyncSpec, PageStoreSpec
+=========  ========  ==========================================================================
+"""
+
+from __future__ import annotations
+
+__all__ = ["CACHE_API", "COMM_API", "TRANSFER_API", "ApiVersion"]
+
+ApiVersion = tuple[int, int]
+
+COMM_API: ApiVersion = (1, 0)
+TRANSFER_API: ApiVersion = (1, 0)
+CACHE_API: ApiVersion = (1, 0)

@@ -1,0 +1,42 @@
+"""The command ``commplane``.
+
+Exit codes: 0 done, 1 it failed (the reason is on standard error), 2 wrong usage, 3 it ran and found a problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from commplane.cli import bench, doctor, launch, plugins
+from commplane.errors import CommplaneError
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="commplane", description="Communication backends that every rank of a group agrees on."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (doctor, plugins, bench, launch):
+        module.add_commands(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    options.argv = arguments
+    warnings.simplefilter("default")
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return int(options.call(options))
+    except CommplaneError as error:
+        print(f"commplane {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,62 @@
+"""Find plugins among installed distributions, without importing any of their code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import importlib_metadata
+
+__all__ = ["ENTRY_POINT_GROUP", "Candidate", "core_version", "find_candidates"]
+
+ENTRY_POINT_GROUP = "commplane.plugins"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An entry point of an installed distribution.
+
+    Attributes:
+        name: name of the entry point; what the allow/deny list speaks of.
+        value: what it points to, ``package.module``.
+        dist: name of the distribution.
+        version: version of the distribution.
+        requires: its ``Requires-Dist`` lines.
+        entry_point: loads the plugin.
+    """
+
+    name: str
+    value: str
+    dist: str
+    version: str
+    requires: tuple[str, ...]
+    entry_point: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} from {self.dist} {self.version} ({ENTRY_POINT_GROUP}: {self.name} = {self.value})"
+
+
+def find_candidates(path: Sequence[str | os.PathLike[str]] | None = None) -> list[Candidate]:
+    """All entry points of the group, ordered by name and distribution, whatever order the file system gives. Local.
+
+    Args:
+        path: folders to search instead of ``sys.path``.
+    """
+    found: dict[tuple[str, str, str], Candidate] = {}
+    for dist in importlib_metadata.distributions(path=[os.fspath(p) for p in (sys.path if path is None else path)]):
+        for ep in dist.entry_points.select(group=ENTRY_POINT_GROUP):
+            # The same distribution may be seen twice, through an editable install or a repeated sys.path entry; the first
+            # is the one that Python imports.
+            found.setdefault(
+                (ep.name, str(dist.name).lower(), ep.value),
+                Candidate(ep.name, ep.value, dist.name, dist.version, tuple(dist.requires or ()), ep),
+            )
+    return [found[key] for key in sorted(found)]
+
+
+def core_version() -> str:
+    """The installed version of commplane."""
+    return str(importlib_metadata.version("commplane"))

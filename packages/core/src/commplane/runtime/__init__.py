@@ -1,0 +1,8 @@
+"""The runtime: `init`, planes and communicators."""
+
+from __future__ import annotations
+
+from commplane.runtime.communicator import Communicator
+from commplane.runtime.plane import Plane, init
+
+__all__ = ["Communicator", "Plane", "init"]

@@ -1,0 +1,109 @@
+"""The data plane's table: one lookup, one bound call. No hook, no environment, no log."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from commplane.api import Collective, CommBackend, ReduceOp
+from commplane.errors import CommplaneError
+from commplane.select import Plan, Route
+
+__all__ = ["Call", "DeadTable", "DispatchTable", "RecordingTable"]
+
+Call = Callable[..., Any]
+Key = tuple[str, Any, Any]
+
+IN_PLACE = "all_reduce_"
+"""Name of the in-place all-reduce in the table; the other entries are named like their collective."""
+
+
+def _by_size(routes: list[Route], calls: list[Call], refuse: Callable[[], CommplaneError]) -> Call:
+    """A callable that picks by the tensor's bytes. With one route for all sizes it is the bound callable itself."""
+    if len(routes) == 1 and (routes[0].low, routes[0].high) == (0, None):
+        return calls[0]
+    starts: list[int] = []
+    table: list[Call] = []
+
+    def gap(*_args: Any) -> Any:
+        raise refuse()
+
+    end: int | None = 0
+    for route, call in zip(routes, calls, strict=True):
+        if end is not None and end < route.low:
+            starts.append(end)
+            table.append(gap)
+        starts.append(route.low)
+        table.append(call)
+        end = route.high
+    if end is not None:
+        starts.append(end)
+        table.append(gap)
+
+    def call_by_size(tensor: Any, *args: Any) -> Any:
+        return table[bisect_right(starts, tensor.nbytes) - 1](tensor, *args)
+
+    return call_by_size
+
+
+class DispatchTable(dict[Key, Call]):
+    """(call, op, torch dtype) -> callable, filled from the plan when a key is first met."""
+
+    def __init__(self, who: str, plan: Plan, backends: Mapping[str, CommBackend]) -> None:
+        super().__init__()
+        self._who = who
+        self._plan = plan
+        self._backends = backends
+
+    def __missing__(self, key: Key) -> Call:
+        name, op, dtype = key
+        collective = Collective.ALL_REDUCE if name == IN_PLACE else Collective(name)
+        dtype_name = str(dtype).removeprefix("torch.")
+
+        def refuse() -> CommplaneError:
+            return self._plan.unsupported(self._who, collective, op, dtype_name)
+
+        if op is not None and op not in ReduceOp._value2member_map_:
+            raise refuse()
+        reduction = None if op is None else ReduceOp(op)
+        routes = self._plan.find(collective, reduction, dtype_name)
+        if not routes:
+            raise refuse()
+        calls = [self._backends[r.backend].bind(collective, reduction, dtype, in_place=name == IN_PLACE) for r in routes]
+        self[key] = call = _by_size(routes, calls, refuse)
+        return call
+
+
+class RecordingTable(dict[Key, Call]):
+    """The table while a capture is open: calls go through and leave a line that the ranks compare afterwards."""
+
+    def __init__(self, live: DispatchTable) -> None:
+        super().__init__()
+        self._live = live
+        self.records: list[str] = []
+
+    def __missing__(self, key: Key) -> Call:
+        call = self._live[key]
+        name, op, dtype = key
+        label = f"{name}({op or ''} {dtype or ''}".replace("( ", "(").strip()
+
+        def record(*args: Any) -> Any:
+            size = f" {args[0].nbytes} bytes" if args else ""
+            src = f" src={args[1]}" if len(args) > 1 else ""
+            self.records.append(f"{label}{size}{src})")
+            return call(*args)
+
+        self[key] = record
+        return record
+
+
+class DeadTable(dict[Key, Call]):
+    """The table of a communicator that is closed or poisoned: every call raises at once."""
+
+    def __init__(self, make: Callable[[], CommplaneError]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: Key) -> Call:
+        raise self._make()

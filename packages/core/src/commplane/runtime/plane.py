@@ -1,0 +1,385 @@
+"""The plane: plugins, facts and communicators of one process in one job."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from commplane.agree import (
+    Activity,
+    CaptureGuard,
+    PeerFailed,
+    StoreBootstrap,
+    build_backend,
+    close_backend,
+    exchange_facts,
+    probe_all,
+    setback,
+)
+from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, GroupKey, ProbeRequest
+from commplane.config import Config
+from commplane.errors import (
+    AgreementError,
+    CaptureError,
+    CommplaneError,
+    CommplaneWarning,
+    CommunicatorError,
+    ConfigError,
+    SelectionError,
+)
+from commplane.plugins import PluginHost
+from commplane.runtime.communicator import Communicator
+from commplane.runtime.rendezvous import World, find_world
+from commplane.select import LAST_RESORT, Candidate, Draft, Plan, choose, compile_routes, difference
+
+__all__ = ["Plane", "init"]
+
+
+def init(
+    *,
+    store: Any = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    plugins: PluginHost | None = None,
+) -> Plane:
+    """Meet the other ranks, load the plugins, compare, and learn the facts. Collective over all ranks of the job.
+
+    Args:
+        store: a c10d store that all ranks share, with `rank` and `world_size`. If unset, an initialised default group of
+            torch.distributed, else torchrun's environment.
+        rank: this process's global rank.
+        world_size: number of ranks in the job.
+        config: settings that win over the environment and the file; see `commplane.config.Config`.
+        plugins: the plugins to use instead of those installed; for tests.
+
+    Raises:
+        ConfigError: a setting is wrong, or no rendezvous is found.
+        PluginError: a plugin asked for by name cannot be used.
+        AgreementError: ranks differ in plugin versions or settings; the same error on all of them.
+        PeerError: ranks are missing at the deadline.
+    """
+    settings = Config.load(config)
+    world = find_world(store, rank, world_size, settings.startup)
+    return Plane(world, settings, plugins)
+
+
+class Plane:
+    """All communicators of this process. Made by `init`; a context manager that closes.
+
+    Attributes:
+        rank: global rank.
+        world_size: number of ranks in the job.
+        config: the resolved settings.
+        facts: what is known of every rank; equal on all of them.
+        plugins: the loaded plugins.
+    """
+
+    def __init__(self, world: World, config: Config, plugins: PluginHost | None = None) -> None:
+        self.rank = world.rank
+        self.world_size = world.world_size
+        self.origin = world.origin
+        self._guard = CaptureGuard()
+        self._activity = Activity(world.store, world.rank)
+        self._store = world.store
+        self._communicators: list[Communicator] = []
+        self._instances: Counter[GroupKey] = Counter()
+        self._closed = False
+        self._world = StoreBootstrap(
+            world.store,
+            range(world.world_size),
+            world.rank,
+            prefix="world",
+            timeout=config.startup,
+            who=f"[world rank {world.rank}/{world.world_size}]",
+            guard=self._guard,
+            activity=self._activity,
+        )
+        self._activity.say("starts up")
+        try:
+            self.plugins = PluginHost.discover(config) if plugins is None else plugins
+            self.config = self.plugins.config if plugins is None else config.with_options(_options(plugins))
+            self.plugins.require(n for n in self.config.backends)
+        except Exception as error:
+            # A failure here is this rank's alone; the others are on their way to the first round and are told there.
+            self._world.fail(setback(error).text)
+            raise
+        try:
+            self._compare()
+        except PeerFailed as failed:
+            raise AgreementError(f"{failed}; this rank has no such problem: make the installations equal") from failed
+        self.facts = exchange_facts(self._world, self.config.host_alias)
+        self._activity.say("is up")
+
+    def _compare(self) -> None:
+        """Plugin versions and settings must be equal: a rank with another set would decide otherwise. Collective."""
+        mine = {
+            "plugins": {name: f"{dist} {version}" for name, dist, version in self.plugins.fingerprint()},
+            "config": self.config.shared(),
+        }
+        everyone = self._world.all_gather(mine, what="comparison of plugins and settings")
+        problems = [
+            text
+            for what, key in (("installed plugins", "plugins"), ("settings", "config"))
+            if (text := difference(what, {r: e[key] for r, e in enumerate(everyone)})) is not None
+        ]
+        if problems:
+            raise AgreementError(f"{'; '.join(problems)}: every rank needs the same wheels and the same settings")
+
+    @property
+    def communicators(self) -> tuple[Communicator, ...]:
+        """The open communicators of this rank, in order of creation."""
+        return tuple(self._communicators)
+
+    def communicator(
+        self,
+        name: str,
+        ranks: Sequence[int] | None = None,
+        *,
+        device: str | None = None,
+        backends: Sequence[str] | None = None,
+    ) -> Communicator:
+        """Agree, build, prove and commit one communicator. Collective over `ranks`; other ranks do not take part.
+
+        Ranks that share several groups create them in the same order.
+
+        Args:
+            name: the purpose, such as ``"tp"``; part of the group's identity.
+            ranks: global ranks in group order, the same on every one of them. If unset, all ranks.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. If unset, the setting ``device``.
+            backends: names in the order of preference, instead of the setting ``backends``. ``torch`` is always last.
+
+        Raises:
+            AgreementError: the ranks asked for different things, shown in the text.
+            PluginError: a backend asked for by name is not installed or broken.
+            SelectionError: no backend is left; the reason of each is in the text.
+            PeerError: ranks are missing at the deadline.
+        """
+        self._guard.check(f"communicator {name!r}")
+        self._open("communicator")
+        members = tuple(range(self.world_size)) if ranks is None else tuple(int(r) for r in ranks)
+        self._check_members(name, members)
+        where = _device(device or self.config.device)
+        key = GroupKey(members, where.partition(":")[0], name)
+        if any(c.key == key for c in self._communicators):
+            raise CommunicatorError(f"communicator {key} is open already: close it first, or give the new one another name")
+        wanted = list(self.config.backends if backends is None else backends)
+        self._instances[key] += 1
+        who = f"[{name} rank {members.index(self.rank)}/{len(members)}]"
+        bootstrap = StoreBootstrap(
+            self._store,
+            members,
+            self.rank,
+            prefix=f"group/{key.digest}/{self._instances[key]}",
+            timeout=self.config.startup,
+            who=who,
+            guard=self._guard,
+            activity=self._activity,
+            conflict=lambda missing: self._activity.conflict(name, members, missing),
+        )
+        with self._activity.forming(name, members):
+            try:
+                self.plugins.require(wanted)
+            except CommplaneError as error:
+                bootstrap.fail(str(error))
+                raise
+            draft = self._agree(key, wanted, bootstrap)
+            plan, built = self._build(key, where, draft, bootstrap)
+        out = Communicator(
+            key, bootstrap.rank, plan, built, bootstrap, self.plugins, self.config.startup, self._communicators.remove
+        )
+        self._communicators.append(out)
+        self._warn_of_refusals(plan, wanted)
+        self.plugins.notify("commplane_plan_committed", communicator=out)
+        return out
+
+    def gather(self, value: Any, *, what: str) -> list[Any]:
+        """Every rank's JSON value, by global rank, over the control plane. Collective over all ranks; slow."""
+        self._open("gather")
+        return self._world.all_gather(value, what=what)
+
+    def _check_members(self, name: str, members: tuple[int, ...]) -> None:
+        if len(set(members)) != len(members) or not members:
+            raise ConfigError(f"communicator {name!r}: wanted each rank once, found {list(members)}")
+        if not all(0 <= r < self.world_size for r in members):
+            raise ConfigError(f"communicator {name!r}: wanted ranks below {self.world_size}, found {list(members)}")
+        if self.rank not in members:
+            raise ConfigError(
+                f"communicator {name!r} over {list(members)}: rank {self.rank} is not in it and must not create it"
+            )
+
+    def _agree(self, key: GroupKey, wanted: list[str], bootstrap: StoreBootstrap) -> Draft:
+        """Probe, publish, choose. Collective."""
+        request = ProbeRequest(key, bootstrap.rank, {})
+        verdicts = probe_all(self.plugins.backends(), request, self.config.options, self.facts, self.config.startup)
+        mine = {
+            "request": {"name": key.purpose, "ranks": list(key.ranks), "device": key.device, "backends": wanted},
+            "backends": verdicts,
+        }
+        # A probe may take its whole deadline on one rank.
+        submissions = bootstrap.all_gather(mine, what="agreement", timeout=2 * self.config.startup)
+        draft = choose(key, submissions)
+        answer = self.plugins.select_backend(request, draft.order)
+        if answer is None:
+            return draft
+        kept = [n for n in answer if n in draft.order and n != LAST_RESORT]
+        dropped = [
+            Candidate(n, submissions[0]["backends"][n]["dist"], "policy", "left out by commplane_select_backend")
+            for n in draft.order
+            if n not in kept and n != LAST_RESORT
+        ]
+        return Draft((*kept, *(n for n in draft.order if n == LAST_RESORT)), (*draft.refused, *dropped))
+
+    def _build(
+        self, key: GroupKey, device: str, draft: Draft, bootstrap: StoreBootstrap
+    ) -> tuple[Plan, dict[str, CommBackend]]:
+        """Open what was chosen, each on all ranks or on none. Collective."""
+        from commplane.agree.canary import check, verify_overrides
+
+        registered = self.plugins.backends()
+        digest = repr((draft.order, draft.refused))
+        outcomes: list[Candidate] = []
+        built: dict[str, CommBackend] = {}
+        try:
+            for name in draft.order:
+                entry = registered[name]
+                spec = entry.spec
+                assert isinstance(spec, BackendSpec)
+                seconds = self.config.startup
+                attempt = bootstrap.child(f"build/{name}", who=f"[{key.purpose} rank {bootstrap.rank}/{len(key.ranks)} {name}]")
+                context = BuildContext(
+                    backend=name,
+                    key=key,
+                    rank=bootstrap.rank,
+                    device=device,
+                    bootstrap=attempt,
+                    facts=self.facts,
+                    deadline=Deadline(seconds),
+                    timeout=self.config.run,
+                    options=self.config.options.get(name, {}),
+                )
+
+                def make(spec: BackendSpec = spec, context: BuildContext = context) -> CommBackend:
+                    backend = self.plugins.build_communicator(spec, context)
+                    verify_overrides(spec, backend)
+                    return backend
+
+                dist = f"{entry.dist or entry.plugin} {entry.version}"
+                result = build_backend(spec, dist, make, context, attempt, bootstrap, digest, check)
+                outcomes.append(result.candidate)
+                if result.backend is not None:
+                    built[name] = result.backend
+            specs = tuple(registered[n].spec for n in draft.order if n in built)
+            refused = tuple(sorted(draft.refused, key=lambda c: c.name))
+            numerics = self.config.numerics
+            plan = Plan(key, (*outcomes, *refused), compile_routes(specs, numerics), specs, numerics)  # type: ignore[arg-type]
+            text = difference(
+                "the plan",
+                dict(zip(key.ranks, bootstrap.all_gather(plan.digest, what="commit"), strict=True)),
+            )
+            if text is not None:
+                raise AgreementError(f"[{key.purpose}] {text}")
+            if not built:
+                reasons = "; ".join(f"{c.name} ({c.state}): {c.reason}" for c in plan.candidates)
+                raise SelectionError(f"[{key.purpose}] no backend is left for {key}: {reasons or 'none is installed'}")
+        except BaseException:
+            for name, backend in built.items():
+                close_backend(name, backend)
+            raise
+        return plan, built
+
+    def _warn_of_refusals(self, plan: Plan, wanted: list[str]) -> None:
+        """One warning for each backend that was asked for by name and refused, on the group's first rank only."""
+        if self.rank != plan.key.ranks[0]:
+            return
+        for c in plan.candidates:
+            if not c.ready and c.name in wanted:
+                hosts = self.facts.describe_hosts(plan.key.ranks)
+                warnings.warn(
+                    f"backend {c.name!r} was asked for but communicator {plan.key} ({hosts}) runs on "
+                    f"{', '.join(plan.backends)}: {c.state}: {c.reason}",
+                    CommplaneWarning,
+                    stacklevel=3,
+                )
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Capture collectives of every open communicator. Collective over the ranks of each that captures.
+
+        Control-plane calls inside raise `CaptureError`. Afterwards each communicator agrees that all ranks captured the same
+        operations: same count, order and sizes. If the body failed on some rank, that rank raises its own exception and all
+        others a `CaptureError` that carries it. Communicators with nothing to capture pass through.
+        """
+        self._open("capture")
+        if self._guard.active:
+            raise CaptureError("a capture inside a capture: end the first one before")
+        entered = []
+        for c in self.communicators:
+            c._capture_begin()
+            entered.append(c)
+        self._guard.active = True
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:  # every rank must come to the votes, also this one
+            failure = error
+        self._guard.active = False
+        outcomes = [c._capture_end(failure) for c in entered]
+        if failure is not None:
+            raise failure
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    def _open(self, what: str) -> None:
+        if self._closed:
+            raise CommplaneError(f"{what} on a plane that is closed: call commplane.init again")
+
+    def close(self) -> None:
+        """Close every communicator, in order of creation, and leave. Collective over all ranks, idempotent."""
+        self._close(wait=True)
+
+    def _close(self, *, wait: bool) -> None:
+        if self._closed:
+            return
+        self._guard.check("close")
+        for c in self.communicators:
+            c._close(wait=wait)
+        self._closed = True
+        try:
+            self._activity.say("has closed" if wait else "left after an error")
+            if wait:
+                self._world.farewell(self.config.startup)
+        except (CommplaneError, RuntimeError) as error:  # RuntimeError: the store went with its host
+            warnings.warn(f"plane closed without all ranks: {error}", CommplaneWarning, stacklevel=3)
+
+    def __enter__(self) -> Plane:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close(wait=kind is None)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and getattr(self, "facts", None) is not None:
+            warnings.warn("a commplane Plane was never closed", ResourceWarning, stacklevel=2, source=self)
+
+
+def _options(plugins: PluginHost) -> dict[str, Mapping[str, Any]]:
+    return {name: r.spec.options for name, r in plugins.backends().items() if isinstance(r.spec, BackendSpec)}
+
+
+def _device(name: str) -> str:
+    """Resolve ``auto`` and a CUDA device without a number. Local."""
+    if name not in ("auto", "cuda"):
+        return name
+    import os
+
+    import torch
+
+    if name == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local if local is not None else torch.cuda.current_device()}"

@@ -1,0 +1,221 @@
+"""What a group agreed on: which backend runs what, and why the others do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from commplane.api import BackendSpec, Collective, GroupKey, Numerics, ReduceOp
+from commplane.errors import UnsupportedOperation
+
+__all__ = ["Candidate", "Explanation", "Plan", "Route", "compile_routes"]
+
+ANY_DTYPE = "*"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend and what became of it.
+
+    Attributes:
+        name: its name.
+        dist: the distribution it came from, with version.
+        state: ``"ready"``, or the step at which it was left out: ``"probe"``, ``"policy"``, ``"build"``, ``"canary"``.
+        reason: why it was left out; empty when ready. Equal on every rank.
+    """
+
+    name: str
+    dist: str
+    state: str
+    reason: str = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is in the plan."""
+        return self.state == "ready"
+
+
+@dataclass(frozen=True)
+class Route:
+    """``low <= bytes < high`` of one (collective, op, dtype) go to one backend. `high` None means without limit."""
+
+    collective: Collective
+    op: ReduceOp | None
+    dtype: str
+    low: int
+    high: int | None
+    backend: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Answer of `Plan.explain`; prints as text, `to_json` for machines."""
+
+    question: str
+    chosen: str | None
+    others: tuple[tuple[str, str], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"question": self.question, "chosen": self.chosen, "others": dict(self.others)}
+
+    def __str__(self) -> str:
+        lines = [f"{self.question}: {self.chosen or 'nothing in the plan serves this'}"]
+        lines.extend(f"  not {name}: {reason}" for name, reason in self.others)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The agreed outcome for one group: frozen, and equal on every rank, which `digest` proves."""
+
+    key: GroupKey
+    candidates: tuple[Candidate, ...]
+    routes: tuple[Route, ...]
+    specs: tuple[BackendSpec, ...]
+    numerics: str = "any"
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends in use, in the order of preference."""
+        return tuple(c.name for c in self.candidates if c.ready)
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything above."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def find(self, collective: Collective, op: ReduceOp | None, dtype: str) -> list[Route]:
+        """The routes of one (collective, op, dtype), by size."""
+        wanted = (collective, op)
+        exact = [r for r in self.routes if (r.collective, r.op) == wanted and r.dtype == dtype]
+        return exact or [r for r in self.routes if (r.collective, r.op) == wanted and r.dtype == ANY_DTYPE]
+
+    def explain(
+        self, collective: str = "all_reduce", *, nbytes: int = 0, dtype: Any = "float32", op: str = "sum"
+    ) -> Explanation:
+        """What runs for a message of `nbytes`, and why each other backend does not. Local, equal on every rank."""
+        kind = Collective(collective)
+        name = str(dtype).removeprefix("torch.")
+        reduction = ReduceOp(op) if kind.reduces else None
+        routes = self.find(kind, reduction, name)
+        chosen = next((r.backend for r in routes if r.low <= nbytes and (r.high is None or nbytes < r.high)), None)
+        specs = {s.name: s for s in self.specs}
+        others = []
+        for c in self.candidates:
+            if c.name == chosen:
+                continue
+            reason = f"{c.state}: {c.reason}" if not c.ready else self._why_not(specs[c.name], kind, reduction, name, nbytes)
+            others.append((c.name, reason or f"{chosen} comes before it"))
+        parts = [str(reduction)] if reduction else []
+        what = f"{kind}({', '.join([*parts, name, f'{nbytes} bytes'])}) in {self.key}"
+        return Explanation(what, chosen, tuple(others))
+
+    def unsupported(self, who: str, collective: Collective, op: str | None, dtype: str) -> UnsupportedOperation:
+        """The error for a call that no route serves, with the reason of each backend."""
+        specs = {s.name: s for s in self.specs}
+        reduction = ReduceOp(op) if op in ReduceOp._value2member_map_ else None
+        if op is not None and reduction is None:
+            return UnsupportedOperation(f"{who} {collective}: wanted op {', '.join(map(str, ReduceOp))}, found {op!r}")
+        reasons = [f"{n}: {self._why_not(specs[n], collective, reduction, dtype, 0)}" for n in self.backends]
+        return UnsupportedOperation(
+            f"{who} {collective} of {dtype}{'' if reduction is None else f' with op {reduction}'} is served by no backend "
+            f"of this group ({'; '.join(reasons)}): convert the tensor, or install a backend that serves it"
+        )
+
+    def _why_not(self, spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int) -> str:
+        """The declared limit of `spec` that a call is outside of, or an empty string."""
+        if collective not in spec.collectives():
+            return f"does not declare {collective}"
+        if op is not None and not _in_class(spec, self.numerics):
+            return "does not add in rank order, which the setting numerics=rank_order demands"
+        if op is not None and op not in spec.ops:
+            return f"serves op {', '.join(sorted(map(str, spec.ops)))}, not {op}"
+        if spec.dtypes and collective is not Collective.BARRIER and dtype not in spec.dtypes:
+            return f"serves {', '.join(sorted(spec.dtypes))}, not {dtype}"
+        if nbytes < spec.min_bytes:
+            return f"is for messages from {spec.min_bytes} bytes"
+        if spec.max_bytes is not None and nbytes > spec.max_bytes:
+            return f"is for messages up to {spec.max_bytes} bytes"
+        return ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that is equal on every rank."""
+        return {
+            "group": {"ranks": list(self.key.ranks), "device": self.key.device, "purpose": self.key.purpose},
+            "candidates": [
+                {"name": c.name, "dist": c.dist, "state": c.state, "reason": c.reason} for c in self.candidates
+            ],
+            "routes": [
+                [str(r.collective), r.op and str(r.op), r.dtype, r.low, r.high, r.backend] for r in self.routes
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"plan {self.digest} of {self.key}"]
+        for c in self.candidates:
+            detail = "ready" if c.ready else f"left out at {c.state}: {c.reason}"
+            lines.append(f"  {c.name:<12} {c.dist:<28} {detail}")
+        merged: dict[tuple[str, str, int, int | None], list[str]] = {}
+        for r in self.routes:
+            name = f"{r.collective}({r.op})" if r.op else str(r.collective)
+            merged.setdefault((name, r.backend, r.low, r.high), []).append(r.dtype)
+        folded: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
+        for (name, backend, low, high), dtypes in merged.items():
+            size = "any size" if (low, high) == (0, None) else f"{low} <= bytes < {high or 'inf'}"
+            folded.setdefault((backend, tuple(sorted(dtypes)), size), []).append(name)
+        for (backend, dtypes, size), names in folded.items():
+            lines.append(f"  {backend:<12} runs {', '.join(names)} for {', '.join(dtypes)} at {size}")
+        return "\n".join(lines)
+
+
+def _in_class(spec: BackendSpec, numerics: str) -> bool:
+    return numerics == "any" or spec.numerics is Numerics.RANK_ORDER
+
+
+def compile_routes(specs: Sequence[BackendSpec], numerics: str = "any") -> tuple[Route, ...]:
+    """Cut the sizes of each (collective, op, dtype) into ranges, the first backend that covers a size winning. Pure.
+
+    Ranges, not one threshold a backend: the best backend is not monotone in size.
+    """
+    routes: list[Route] = []
+    for collective in Collective:
+        serving = [s for s in specs if collective in s.collectives()]
+        ops: list[ReduceOp | None] = list(ReduceOp) if collective.reduces else [None]
+        named = sorted({d for s in serving for d in s.dtypes})
+        dtypes = [ANY_DTYPE] if collective is Collective.BARRIER else [*named, ANY_DTYPE]
+        for op in ops:
+            for dtype in dtypes:
+                free: list[tuple[int, int | None]] = [(0, None)]
+                for spec in serving:
+                    if op is not None and (op not in spec.ops or not _in_class(spec, numerics)):
+                        continue
+                    if collective is not Collective.BARRIER and spec.dtypes and dtype not in spec.dtypes:
+                        continue
+                    taken, free = _take(free, spec.min_bytes, None if spec.max_bytes is None else spec.max_bytes + 1)
+                    routes.extend(Route(collective, op, dtype, low, high, spec.name) for low, high in taken)
+    return tuple(sorted(routes, key=lambda r: (str(r.collective), str(r.op), r.dtype, r.low)))
+
+
+def _take(
+    free: Sequence[tuple[int, int | None]], low: int, high: int | None
+) -> tuple[list[tuple[int, int | None]], list[tuple[int, int | None]]]:
+    """Split the free ranges into those inside ``[low, high)`` and the rest."""
+    infinite = float("inf")
+    taken: list[tuple[int, int | None]] = []
+    rest: list[tuple[int, int | None]] = []
+    for start, end in free:
+        stop = infinite if end is None else end
+        inner_low, inner_high = max(start, low), min(stop, infinite if high is None else high)
+        if inner_low >= inner_high:
+            rest.append((start, end))
+            continue
+        taken.append((inner_low, None if inner_high == infinite else int(inner_high)))
+        if start < inner_low:
+            rest.append((start, inner_low))
+        if inner_high < stop:
+            rest.append((int(inner_high), end))
+    return taken, rest

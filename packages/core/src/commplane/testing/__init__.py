@@ -1,0 +1,12 @@
+"""For tests of plugins and of commplane itself: a plugin host without discovery, threads as ranks, processes as ranks.
+
+Needs torch; no pytest.
+"""
+
+from __future__ import annotations
+
+from commplane.plugins import PluginHost
+from commplane.testing.processes import Outcome, run_processes
+from commplane.testing.threads import run_threads
+
+__all__ = ["Outcome", "PluginHost", "run_processes", "run_threads"]
