@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 from commplane.agree.guard import Activity, CaptureGuard
@@ -20,10 +19,14 @@ from commplane.errors import AgreementError, CommplaneError, PeerError
 
 __all__ = ["PeerFailed", "StoreBootstrap"]
 
-# How long one blocking wait on the store lasts before the reasons for a hopeless wait are looked at. Short, because a c10d
-# TCPStore client serves one call at a time: another thread of this process waits as long.
-_FIRST_SLICE_S = 0.25
-_LAST_SLICE_S = 2.0
+# Waiting is polling, with pauses that grow with the time waited. A blocking wait of a c10d TCPStore cannot be interrupted,
+# holds its client against other threads of the process, and prints warnings when it times out. A pause is a third of the
+# time waited so far: a rank that comes after t is noticed by 4/3 t, and a thousand ranks that wait for one ask the store a few
+# times a second each.
+_FIRST_PAUSE_S = 0.0001
+_LONGEST_PAUSE_S = 0.25
+# How often ranks that are late are looked up for a reason why they will never come.
+_LOOK_EVERY_S = 0.5
 
 
 class PeerFailed(CommplaneError):
@@ -89,15 +92,15 @@ class StoreBootstrap:
         """Global ranks in group order."""
         return self._ranks
 
-    def child(self, name: str, *, who: str | None = None) -> StoreBootstrap:
+    def child(self, name: str, *, who: str, timeout: float) -> StoreBootstrap:
         """A control plane over the same ranks that counts its own rounds. Local; same `name` on every rank."""
         return StoreBootstrap(
             self._store,
             self._ranks,
             self._ranks[self._rank],
             prefix=f"{self._prefix}/{name}",
-            timeout=self._timeout,
-            who=self._who if who is None else who,
+            timeout=timeout,
+            who=who,
             guard=self._guard,
             activity=self._activity,
         )
@@ -130,9 +133,17 @@ class StoreBootstrap:
         self._error = PeerFailed(f"{self._who} gave up: {reason}", {self._rank: reason})
         base = f"{self._prefix}/{self._seq}"
         self._store.set(f"{base}/{self._rank}", json.dumps({"failed": reason}))
+        self._store.compare_set(f"{self._prefix}/failed", "", json.dumps({"failed": {str(self._rank): reason}}))
         # The leader's own failure has no reader but the publication itself.
         if self._rank == 0:
             self._publish(base, {"failed": {"0": reason}})
+
+    def peer_failed(self) -> CommplaneError | None:
+        """Whether some rank has called `fail`, for one that waits outside of a round. Local, does not wait."""
+        key = f"{self._prefix}/failed"
+        if self.world_size == 1 or not self._store.check([key]):
+            return None
+        return self._as_error(json.loads(self._store.get(key)), "stops")
 
     def farewell(self, timeout: float) -> None:
         """The last round: the leader leaves last, because its process may host the store. Collective."""
@@ -143,7 +154,7 @@ class StoreBootstrap:
         if self._rank != 0:
             self._store.set(f"{base}/{self._rank}", b"1")
             return
-        self._wait([f"{base}/{r}" for r in range(1, self.world_size)], time.monotonic() + timeout, self._present(base))
+        self._wait([f"{base}/{r}" for r in range(1, self.world_size)], time.monotonic() + timeout, base)
 
     # One round.
 
@@ -180,7 +191,7 @@ class StoreBootstrap:
 
     def _lead(self, base: str, what: str, patience: float, deadline: float) -> dict[str, Any]:
         keys = [f"{base}/{r}" for r in range(self.world_size)]
-        stuck = self._wait(keys, deadline, self._present(base))
+        stuck = self._wait(keys, deadline, base)
         if stuck is not None:
             return self._publish(base, stuck | {"patience": patience})
         records = [json.loads(raw) for raw in self._get(keys)]
@@ -193,7 +204,7 @@ class StoreBootstrap:
         return outcome
 
     def _follow(self, base: str, what: str, patience: float, deadline: float) -> dict[str, Any]:
-        stuck = self._wait([f"{base}/all"], deadline, self._present(base))
+        stuck = self._wait([f"{base}/all"], deadline, base)
         if stuck is not None:
             return self._publish(base, stuck | {"patience": patience})
         outcome: dict[str, Any] = json.loads(self._store.get(f"{base}/all"))
@@ -210,31 +221,28 @@ class StoreBootstrap:
             return list(self._store.multi_get(list(keys)))
         return [self._store.get(key) for key in keys]
 
-    def _present(self, base: str) -> Callable[[], list[int]]:
+    def _absent(self, base: str) -> list[int]:
         """Group ranks that have not come to the round at `base`."""
-        return lambda: [r for r in range(self.world_size) if r != self._rank and not self._store.check([f"{base}/{r}"])]
+        return [r for r in range(self.world_size) if r != self._rank and not self._store.check([f"{base}/{r}"])]
 
-    def _wait(self, keys: Sequence[str], deadline: float, absent: Callable[[], list[int]]) -> dict[str, Any] | None:
-        """Wait for all `keys`. None when they are there, else the outcome to publish."""
-        length = _FIRST_SLICE_S
-        while True:
-            left = deadline - time.monotonic()
-            slice_s = max(0.001, min(length, left))
-            try:
-                self._store.wait(list(keys), timedelta(seconds=slice_s))
-                return None
-            except RuntimeError:
-                # A time-out and a dead store raise alike; `check` tells them apart by raising again.
-                if self._store.check(list(keys)):
-                    return None
-            missing = absent()
-            if self._conflict is not None and missing:
-                reason = self._conflict([self._ranks[r] for r in missing])
-                if reason is not None:
-                    return {"conflict": reason}
-            if time.monotonic() >= deadline:
-                return {"missing": missing}
-            length = min(length * 2, _LAST_SLICE_S)
+    def _wait(self, keys: Sequence[str], deadline: float, base: str) -> dict[str, Any] | None:
+        """Wait for all `keys`. None when they are there, else the outcome to publish for the round at `base`."""
+        began = time.monotonic()
+        look_at = began + _LOOK_EVERY_S
+        while not self._store.check(list(keys)):
+            now = time.monotonic()
+            if now >= deadline:
+                return {"missing": self._absent(base)}
+            if now >= look_at:
+                look_at = now + _LOOK_EVERY_S
+                if self._store.check([f"{base}/all"]):  # another rank has decided the round
+                    return {}
+                if self._conflict is not None:
+                    reason = self._conflict([self._ranks[r] for r in self._absent(base)])
+                    if reason is not None:
+                        return {"conflict": reason}
+            time.sleep(min(max((now - began) / 3, _FIRST_PAUSE_S), _LONGEST_PAUSE_S, deadline - now))
+        return None
 
     def _as_error(self, outcome: dict[str, Any], what: str) -> CommplaneError:
         if "conflict" in outcome:

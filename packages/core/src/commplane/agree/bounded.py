@@ -3,56 +3,80 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["Stalled", "call_bounded"]
+__all__ = ["Abandoned", "Stalled", "call_bounded"]
 
 T = TypeVar("T")
 
+# Between two looks at the reason to give up.
+_LOOK_EVERY_S = 0.05
 
-class Stalled(Exception):
+
+class Abandoned(Exception):
+    """The call was left to itself before it returned; its thread still runs. `__cause__` says why, if not the deadline."""
+
+
+class Stalled(Abandoned):
     """The call had not returned at the deadline."""
 
 
-class _Outcome(Generic[T]):
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.done = threading.Event()
-        self.abandoned = False
-        self.value: T | None = None
-        self.error: BaseException | None = None
-
-
-def call_bounded(call: Callable[[], T], seconds: float, what: str, on_late: Callable[[], None] | None = None) -> T:
+def call_bounded(
+    call: Callable[[], T],
+    seconds: float,
+    what: str,
+    *,
+    on_late: Callable[[], None] | None = None,
+    give_up: Callable[[], Exception | None] | None = None,
+) -> T:
     """`call` in a thread of its own; its result or its exception. Local.
 
     A thread cannot be stopped from outside. One that misses the deadline is left to itself, and when it does come back,
     `on_late` is called in it, so that what it built is released.
 
+    Args:
+        call: what to run.
+        seconds: how long it may take.
+        what: its name in the error.
+        on_late: called in the thread if it comes back after it was left.
+        give_up: asked now and then while waiting; an exception it returns is a reason not to wait any longer.
+
     Raises:
         Stalled: no result after `seconds`.
+        Abandoned: `give_up` had a reason.
     """
-    outcome: _Outcome[T] = _Outcome()
+    lock = threading.Lock()
+    done = threading.Event()
+    left = False
+    result: list[Any] = []
+    failure: list[BaseException] = []
 
     def run() -> None:
         try:
-            outcome.value = call()
+            result.append(call())
         except BaseException as error:  # handed to the caller, whatever it is
-            outcome.error = error
-        with outcome.lock:
-            late = outcome.abandoned
-            outcome.done.set()
+            failure.append(error)
+        with lock:
+            done.set()
+            late = left
         if late and on_late is not None:
             on_late()
 
-    thread = threading.Thread(target=run, name=f"commplane {what}", daemon=True)
-    thread.start()
-    outcome.done.wait(seconds)
-    with outcome.lock:
-        if not outcome.done.is_set():
-            outcome.abandoned = True
-            raise Stalled(f"{what} did not finish in {seconds:g} s")
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.value  # type: ignore[return-value]
+    threading.Thread(target=run, name=f"commplane {what}", daemon=True).start()
+    deadline = time.monotonic() + seconds
+    reason: Exception | None = None
+    while not done.wait(max(0.0, min(_LOOK_EVERY_S if give_up else seconds, deadline - time.monotonic()))):
+        reason = give_up() if give_up is not None else None
+        if reason is not None or time.monotonic() >= deadline:
+            break
+    with lock:
+        left = not done.is_set()
+    if left and reason is not None:
+        raise Abandoned(f"{what} was given up") from reason
+    if left:
+        raise Stalled(f"{what} did not finish in {seconds:g} s")
+    if failure:
+        raise failure[0]
+    return result[0]  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from commplane.agree.bootstrap import PeerFailed, StoreBootstrap
-from commplane.agree.bounded import Stalled, call_bounded
+from commplane.agree.bounded import Abandoned, call_bounded
 from commplane.api import BackendSpec, BuildContext, CommBackend
 from commplane.errors import AgreementError, CommplaneError, CommplaneWarning, PeerError
 from commplane.select import Candidate, difference
@@ -26,7 +26,7 @@ class Setback:
 
 def setback(error: BaseException) -> Setback:
     """An exception as one line for a message on other ranks."""
-    if isinstance(error, (CommplaneError, Stalled)):
+    if isinstance(error, (CommplaneError, Abandoned)):
         return Setback(str(error), isinstance(error, (PeerFailed, PeerError)))
     return Setback(" ".join("".join(traceback.format_exception_only(type(error), error)).split()))
 
@@ -108,17 +108,20 @@ def build_backend(
 
     for state, step in (("build", open_it), ("canary", lambda: check(spec, holder[0], context))):
         problem: Setback | None = None
+        running = False
         try:
-            call_bounded(step, seconds, f"{spec.name} {state}", on_late=release)
+            call_bounded(step, seconds, f"{spec.name} {state}", on_late=release, give_up=attempt.peer_failed)
         except Exception as error:  # whatever a plugin raises becomes a vote
-            problem = setback(error)
+            running = isinstance(error, Abandoned)
+            problem = setback(error.__cause__ if running and isinstance(error.__cause__, Exception) else error)
             # Peers inside a round or a wait of this attempt need not sit out its deadline.
             attempt.fail(problem.text)
             abort_backend(spec.name, holder)
         # A step is bounded by `seconds` on each rank, so a rank may come to the vote that much later than another.
         reasons = joint_verdict(votes, f"{state} of {spec.name}", problem, 2 * seconds + 1, digest)
         if reasons is not None:
-            release()
+            if not running:  # otherwise the thread that is still inside releases it when it comes back
+                release()
             return Attempt(Candidate(spec.name, dist, state, reasons), None)
     return Attempt(Candidate(spec.name, dist, "ready"), holder[0])
 

@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("default")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        return int(options.call(options))
+        return launch.leave_outcome(int(options.call(options)), "")
     except CommplaneError as error:
-        print(f"commplane {options.command}: {error}", file=sys.stderr)
-        return 1
+        return launch.leave_outcome(1, str(error))
     except KeyboardInterrupt:
         return 130

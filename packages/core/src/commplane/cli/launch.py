@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from commplane.config import Config
 from commplane.errors import ConfigError
 
-__all__ = ["add_commands", "add_ranks_option", "in_ranks", "torchrun"]
+__all__ = ["add_commands", "add_ranks_option", "in_ranks", "leave_outcome", "torchrun"]
+
+# Not a setting, and so not named like one: where ranks started by a command leave their exit code.
+_OUTCOMES = "_COMMPLANE_OUTCOMES"
 
 
 def add_commands(commands: Any) -> None:
@@ -38,19 +46,40 @@ def _count(text: str) -> int:
 
 
 def in_ranks(options: argparse.Namespace) -> int | None:
-    """None if this process is a rank already; otherwise start the same command on ``--ranks`` ranks: its exit code."""
+    """None if this process is a rank already; otherwise start the same command on ``--ranks`` ranks: its exit code.
+
+    Ranks started here leave their outcome in a folder and exit with 0: torchrun answers a failed rank by killing the others
+    and printing its own traceback, which would bury the one line that says what is wrong.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return None
-    return torchrun(options.ranks, ["-m", "commplane", *options.argv])
+    Config.load()  # a wrong setting is said here, once, before any rank starts
+    with tempfile.TemporaryDirectory() as folder:
+        code = torchrun(options.ranks, ["-m", "commplane", *options.argv], {_OUTCOMES: folder})
+        outcomes = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
+    failed = [o for o in outcomes if o["error"]]
+    if failed:
+        print(f"commplane {options.command}: {failed[0]['error']}", file=sys.stderr)
+    return code or max((int(o["code"]) for o in outcomes), default=1)
 
 
-def torchrun(ranks: int, arguments: Sequence[str]) -> int:
+def leave_outcome(code: int, error: str) -> int:
+    """In a rank that `in_ranks` started, leave the outcome there and return 0; elsewhere print the error: the exit code."""
+    folder = os.environ.get(_OUTCOMES)
+    if folder is None:
+        if error:
+            print(f"commplane: {error}", file=sys.stderr)
+        return code
+    path = Path(folder) / f"{int(os.environ['RANK']):06}.json"
+    path.write_text(json.dumps({"code": code, "error": error}))
+    return 0
+
+
+def torchrun(ranks: int, arguments: Sequence[str], extra: Mapping[str, str] | None = None) -> int:
     """Run a Python script, or ``-m module``, on `ranks` ranks of this machine; the exit code of the first that failed."""
-    try:
-        import torch.distributed.run  # noqa: F401  only to say early and clearly that it is missing
-    except ImportError as error:
-        raise ConfigError(f"starting ranks wants torch, which does not import: {error}; pip install commplane[torch]") from error
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError("starting ranks wants torch, which is not installed: pip install commplane[torch]")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     # One thread a rank unless the user says otherwise: torchrun sets the same, with a warning.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **(extra or {})}
     return subprocess.run([*command, *arguments], env=environment, check=False).returncode

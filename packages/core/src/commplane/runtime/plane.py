@@ -187,7 +187,7 @@ class Plane:
                 bootstrap.fail(str(error))
                 raise
             draft = self._agree(key, wanted, bootstrap)
-            plan, built = self._build(key, where, draft, bootstrap)
+            plan, built = self._build(key, where, draft, bootstrap, who)
         out = Communicator(
             key, bootstrap.rank, plan, built, bootstrap, self.plugins, self.config.startup, self._communicators.remove
         )
@@ -234,7 +234,7 @@ class Plane:
         return Draft((*kept, *(n for n in draft.order if n == LAST_RESORT)), (*draft.refused, *dropped))
 
     def _build(
-        self, key: GroupKey, device: str, draft: Draft, bootstrap: StoreBootstrap
+        self, key: GroupKey, device: str, draft: Draft, bootstrap: StoreBootstrap, who: str
     ) -> tuple[Plan, dict[str, CommBackend]]:
         """Open what was chosen, each on all ranks or on none. Collective."""
         from commplane.agree.canary import check, verify_overrides
@@ -249,7 +249,8 @@ class Plane:
                 spec = entry.spec
                 assert isinstance(spec, BackendSpec)
                 seconds = self.config.startup
-                attempt = bootstrap.child(f"build/{name}", who=f"[{key.purpose} rank {bootstrap.rank}/{len(key.ranks)} {name}]")
+                # Shorter than the attempt, so that a rank that waits in vain for one that stalls can still say for whom.
+                attempt = bootstrap.child(f"build/{name}", who=f"{who[:-1]} {name}]", timeout=0.75 * seconds)
                 context = BuildContext(
                     backend=name,
                     key=key,

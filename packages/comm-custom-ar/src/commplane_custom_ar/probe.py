@@ -1,0 +1,23 @@
+"""Can this group all-reduce through shared memory? Local, no side effects but loading the native library."""
+
+from __future__ import annotations
+
+from commplane.api import Facts, ProbeRequest, Unusable, Usable, Verdict
+
+__all__ = ["probe"]
+
+
+def probe(request: ProbeRequest, facts: Facts) -> Verdict:
+    """All ranks map the same shared memory, and the native library loads here."""
+    if not facts.same_host(request.ranks):
+        return Unusable(
+            f"the group spans hosts, and shared memory does not ({facts.describe_hosts(request.ranks)}); "
+            f"groups inside a host keep it"
+        )
+    try:
+        from commplane_custom_ar import _native
+
+        isa = _native.isa()
+    except (ImportError, OSError) as error:
+        return Unusable(f"the native library does not load: {error}")
+    return Usable({"isa": isa, "binding": _native.BINDING, "oversubscribed": facts.oversubscribed(request.ranks)})

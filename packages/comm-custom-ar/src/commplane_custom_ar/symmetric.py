@@ -1,0 +1,73 @@
+"""Tensors in memory that every rank of the group maps."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from commplane.api import BuildContext
+
+from commplane_custom_ar._native import Comm, Segment
+from commplane_custom_ar.segments import map_together
+
+__all__ = ["Region", "SymmetricHeap"]
+
+
+@dataclass(eq=False)
+class Region:
+    """One allocation: rank r's part begins at ``base + r * stride``."""
+
+    segment: Segment
+    stride: int
+    nbytes: int
+    id: int
+
+
+class SymmetricHeap:
+    """The symmetric tensors of one group on this rank. A region is released when the last tensor that views it is gone."""
+
+    def __init__(self, context: BuildContext, comm: Comm) -> None:
+        self._context = context
+        self._comm: Comm | None = comm
+        self._regions: set[Region] = set()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor. Collective; same shape and dtype on every rank."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        stride = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        rank, n = self._context.rank, self._context.world_size
+        segment = map_together(self._context.bootstrap, "symmetric memory", n * stride, rank * stride, stride)
+        region = Region(segment, stride, nbytes, -1)
+        self._register(region)
+        self._regions.add(region)
+        buffer = (ctypes.c_char * nbytes).from_address(segment.base + rank * stride)
+        # torch holds the buffer object for as long as any tensor views its storage.
+        weakref.finalize(buffer, self._release, region)
+        return torch.frombuffer(buffer, dtype=dtype).reshape(tuple(shape))
+
+    def move_to(self, comm: Comm) -> None:
+        """Register all regions with a communicator that replaces the present one. Local, same order on every rank."""
+        self._comm = comm
+        for region in self._regions:
+            self._register(region)
+
+    def detach(self) -> None:
+        """The communicator is gone; tensors keep their memory until they go too. Local."""
+        self._comm = None
+
+    def _register(self, region: Region) -> None:
+        assert self._comm is not None
+        region.id = self._comm.register_symmetric(region.segment.base, region.stride, region.nbytes)
+
+    def _release(self, region: Region) -> None:
+        if self._comm is not None:
+            self._comm.unregister_symmetric(region.id)
+        self._regions.discard(region)
+        region.segment.close()
