@@ -60,9 +60,11 @@ def shared_memory_as_before() -> Iterator[None]:
 class Rank:
     """One process's end: segment, communicator, and a registered symmetric region."""
 
-    def __init__(self, rank: int, world: int, name: str, timeout_s: float) -> None:
+    def __init__(self, rank: int, world: int, name: str, binding: str, timeout_s: float) -> None:
         from commplane_custom_ar import _native as native
 
+        self.hot = native.load(binding)
+        assert self.hot.binding == binding
         self.n, self.rank, self.world = native, rank, world
         where = native.layout(world, STAGING)
         self.segment = native.Segment.map(name, where.total, where.offsets[rank], where.part_bytes)
@@ -76,11 +78,11 @@ class Rank:
             oversubscribed=world > len(os.sched_getaffinity(0)),
             timeout_s=timeout_s,
         )
-        self.number = self.comm.register_symmetric(self.region.base, REGION, REGION)
+        self.comm.register_symmetric(self.region.base, REGION, REGION, 1)
         self.own = self.region.base + rank * REGION
 
     def reduce(self, source: int, target: int, count: int, dtype: str = "float32", op: str = "sum") -> int:
-        return self.n.all_reduce(self.comm.handle, source, target, count, self.n.DTYPES[dtype], self.n.OPS[op])
+        return self.hot.all_reduce(self.comm.handle, source, target, count, self.n.DTYPES[dtype], self.n.OPS[op])
 
     def close(self) -> None:
         self.comm.close()
@@ -93,8 +95,7 @@ def _process(
     body: Callable[[Rank], Any], rank: int, world: int, name: str, binding: str, timeout_s: float, results: Any
 ) -> None:
     try:
-        self = Rank(rank, world, name, timeout_s)
-        assert self.n.BINDING == binding
+        self = Rank(rank, world, name, binding, timeout_s)
         answer = body(self)
         self.close()
         results.put((rank, answer, None))
@@ -118,10 +119,8 @@ def run(
     ]
     answers: dict[int, Any] = {}
     try:
-        with pytest.MonkeyPatch.context() as environment:  # the binding is chosen when the child imports the module
-            environment.setenv("COMMPLANE_CUSTOM_AR_BINDING", binding)
-            for worker in workers:
-                worker.start()
+        for worker in workers:
+            worker.start()
         for _ in range(world - len(dead)):
             rank, answer, error = results.get(timeout=120)
             assert error is None, f"rank {rank}: {error}"
@@ -236,7 +235,7 @@ def test_bits_do_not_depend_on_the_vector_code(binding: str) -> None:
 def _mismatch_body(self: Rank) -> Any:
     buffer = ctypes.create_string_buffer(4096)
     address = ctypes.addressof(buffer)
-    self.n.check(self.n.barrier(self.comm.handle))
+    self.n.check(self.hot.barrier(self.comm.handle))
     status = self.reduce(address, address, 100 + self.rank, op="max")
     after = self.reduce(address, address, 1)
     return status, after, self.comm.detail(), self.n.last_error()
@@ -252,12 +251,12 @@ def test_mismatch_names_the_other_call(binding: str) -> None:
 
 
 def _killed_body(self: Rank) -> Any:
-    self.n.check(self.n.barrier(self.comm.handle))
+    self.n.check(self.hot.barrier(self.comm.handle))
     self.comm.set_timeout(0.5)  # only now: processes take their time to start
     if self.rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
-    status = self.n.barrier(self.comm.handle)
+    status = self.hot.barrier(self.comm.handle)
     return status, time.monotonic() - begin, self.comm.detail()
 
 
@@ -276,7 +275,7 @@ def _abort_body(self: Rank) -> Any:
     if self.rank == 1:
         time.sleep(0.1)
         self.comm.abort()
-    return self.n.barrier(self.comm.handle), self.comm.detail().aborted
+    return self.hot.barrier(self.comm.handle), self.comm.detail().aborted
 
 
 def test_abort_reaches_a_waiting_rank(binding: str) -> None:
@@ -301,7 +300,7 @@ def _threads_body(self: Rank) -> float:
     if self.rank == 1:
         time.sleep(0.5)
     before = ticks
-    self.n.check(self.n.barrier(self.comm.handle))
+    self.n.check(self.hot.barrier(self.comm.handle))
     during = ticks - before
     stop.set()
     thread.join()

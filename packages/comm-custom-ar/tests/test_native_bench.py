@@ -41,7 +41,7 @@ def _worker(rank: int, world: int, name: str, config: dict[str, Any], results: A
         timeout_s=30.0,
     )
     shared = n.Segment.map(name + "-sym", most * world, rank * most, most)
-    comm.register_symmetric(shared.base, most, most)
+    comm.register_symmetric(shared.base, most, most, 1)
     private = mmap.mmap(-1, most)
     buffers = {"staged": ctypes.addressof(ctypes.c_char.from_buffer(private)), "symmetric": shared.base + rank * most}
     for address in buffers.values():

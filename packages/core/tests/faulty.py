@@ -1,14 +1,13 @@
-"""A backend that works, and fails where a test tells it to: the plugin under `Fault` in the fault tests.
-
-It reduces over the control plane, so it needs nothing but a bootstrap.
-"""
+"""A backend that works, and fails where a test tells it to. It reduces over the group's store."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -62,10 +61,12 @@ def probe(request: ProbeRequest, facts: Facts) -> Verdict:
 
 
 class Faulty(CommBackend):
-    """All-reduce over the bootstrap."""
+    """All-reduce over the store."""
 
     def open(self, context: BuildContext) -> None:
         self.context = context
+        self.store = context.bootstrap.store("data")
+        self.calls = 0
         FAULT.strike("open", context.rank)
         context.bootstrap.barrier(what="opening")
 
@@ -74,7 +75,11 @@ class Faulty(CommBackend):
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         FAULT.strike("canary", self.context.rank)
-        parts = torch.tensor(self.context.bootstrap.all_gather(tensor.tolist(), what="all_reduce"), dtype=tensor.dtype)
+        self.calls += 1
+        keys = [f"{self.calls}/{r}" for r in range(self.context.world_size)]
+        self.store.set(keys[self.context.rank], json.dumps(tensor.tolist()))
+        self.store.wait(keys, timedelta(seconds=self.context.timeout))
+        parts = torch.tensor([json.loads(self.store.get(key)) for key in keys], dtype=tensor.dtype)
         wrong = FAULT.stage == "canary" and FAULT.how == "wrong" and FAULT.rank == self.context.rank
         return tensor.copy_(parts[0] if wrong else parts.sum(0))
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from commplane.config import Config
 from commplane.errors import ConfigError
 
@@ -113,7 +112,9 @@ def test_a_wrong_value_names_setting_source_wanted_and_found(key: str, raw: Any,
 
 
 def test_a_wrong_value_in_the_environment_names_the_variable() -> None:
-    with pytest.raises(ConfigError, match="setting 'timeout' from environment variable COMMPLANE_TIMEOUT: .* found 'x'"):
+    with pytest.raises(
+        ConfigError, match=r"setting 'timeout' from environment variable COMMPLANE_TIMEOUT: .* found 'x'"
+    ):
         Config.load(environ={"COMMPLANE_TIMEOUT": "x"})
 
 
@@ -129,7 +130,7 @@ def test_a_wrong_value_that_a_later_source_would_replace_is_still_refused() -> N
 
 
 def test_a_missing_file_is_refused_with_the_variable_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none.toml' named by COMMPLANE_CONFIG cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.toml' named by COMMPLANE_CONFIG cannot be read"):
         Config.load(environ={"COMMPLANE_CONFIG": str(tmp_path / "none.toml")})
 
 

@@ -1,4 +1,4 @@
-"""Settings of backends: a table in the file, a flat variable, a nested argument; checked once the backends are known."""
+"""Settings of backends: a table, a flat variable or a nested argument, checked once the backends are known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from commplane.config import Config
 from commplane.errors import ConfigError
 
@@ -60,7 +59,13 @@ def test_the_source_of_an_option_is_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "raw", "value"),
-    [("chunk_bytes", "12", 12), ("isa", "avx2", "avx2"), ("spin", "0", False), ("factor", "2", 2.0), ("factor", 2, 2.0)],
+    [
+        ("chunk_bytes", "12", 12),
+        ("isa", "avx2", "avx2"),
+        ("spin", "0", False),
+        ("factor", "2", 2.0),
+        ("factor", 2, 2.0),
+    ],
 )
 def test_an_option_has_the_type_of_its_default(option: str, raw: Any, value: Any) -> None:
     config = Config.load({"custom_ar": {option: raw}}, environ={}).with_options(DECLARED)

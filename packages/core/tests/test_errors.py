@@ -6,7 +6,6 @@ import copy
 import pickle
 
 import pytest
-
 from commplane import errors
 
 _PARENTS = {

@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from commplane.api import (
+    BackendSpec,
+    Capability,
+    Collective,
+    Numerics,
+    PageStoreSpec,
+    ReduceOp,
+    SyncField,
+    SyncSpec,
+    TransferSpec,
+    Vote,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-
-from commplane.api import BackendSpec, Capability, Collective, Numerics, PageStoreSpec, ReduceOp, SyncField, SyncSpec
-from commplane.api import TransferSpec, Vote
 
 
 def backend(**changes: Any) -> BackendSpec:
@@ -68,10 +77,12 @@ def test_a_path_without_module_and_attribute_is_refused(label: str, path: str) -
 
 
 @pytest.mark.parametrize(
-    "changes", [{"capabilities": {"teleport"}}, {"ops": {"prod"}}, {"numerics": "exact"}], ids=["capability", "op", "numerics"]
+    "changes",
+    [{"capabilities": {"teleport"}}, {"ops": {"prod"}}, {"numerics": "exact"}],
+    ids=["capability", "op", "numerics"],
 )
 def test_a_value_outside_its_enumeration_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="teleport|prod|exact"):
+    with pytest.raises(ValueError, match=r"teleport|prod|exact"):
         backend(**changes)
 
 
@@ -140,7 +151,9 @@ def test_json_shows_every_difference_that_bears_on_the_plan(changes: dict[str, A
 
 
 def test_transfer_spec_checks_its_factory_and_freezes_its_capabilities() -> None:
-    assert TransferSpec(name="nixl", api=(1, 0), factory="m:C", capabilities=["rdma"]).capabilities == frozenset({"rdma"})
+    assert TransferSpec(name="nixl", api=(1, 0), factory="m:C", capabilities=["rdma"]).capabilities == frozenset(
+        {"rdma"}
+    )
     with pytest.raises(ValueError, match="nixl: factory must read"):
         TransferSpec(name="nixl", api=(1, 0), factory="m")
 

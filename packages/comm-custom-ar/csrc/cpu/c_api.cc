@@ -136,7 +136,7 @@ int commplane_car_set_timeout(commplane_car_comm* comm, uint64_t timeout_ns) {
 
 uint64_t commplane_car_chunk_bytes(const commplane_car_comm* comm) { return comm == nullptr ? 0 : comm->slot_bytes; }
 
-int commplane_car_register_symmetric(commplane_car_comm* comm, void* base, uint64_t stride, uint64_t bytes, uint32_t* id) {
+int commplane_car_register_symmetric(commplane_car_comm* comm, void* base, uint64_t stride, uint64_t bytes, uint32_t id) {
     if (comm == nullptr) return null_comm();
     const Entered entered(*comm);
     if (entered.status() != 0) return entered.status();

@@ -209,24 +209,23 @@ int comm_abort(Comm& comm) {
     return COMMPLANE_CAR_OK;
 }
 
-int register_region(Comm& comm, uint64_t base, uint64_t stride, uint64_t bytes, uint32_t* id) {
-    if (base == 0 || id == nullptr || bytes == 0 || bytes > stride || stride >= (UINT64_C(1) << kCountBits)) {
-        return fail(COMMPLANE_CAR_EINVAL, "a symmetric region needs a base and 1 <= bytes <= stride < 2^48");
+int register_region(Comm& comm, uint64_t base, uint64_t stride, uint64_t bytes, uint32_t id) {
+    if (base == 0 || id == 0 || id > 0xffff || bytes == 0 || bytes > stride || stride >= (UINT64_C(1) << kCountBits)) {
+        return fail(COMMPLANE_CAR_EINVAL, "a symmetric region needs a base, 1 <= id <= 65535 and 1 <= bytes <= stride < 2^48");
     }
-    if (comm.region_count == COMMPLANE_CAR_MAX_REGIONS || comm.region_ids == 0xffff) {
-        return fail(COMMPLANE_CAR_ELIMIT, "no more than %d symmetric regions at once, and 65535 in a communicator's life",
-                    COMMPLANE_CAR_MAX_REGIONS);
+    if (comm.region_count == COMMPLANE_CAR_MAX_REGIONS) {
+        return fail(COMMPLANE_CAR_ELIMIT, "no more than %d symmetric regions at once", COMMPLANE_CAR_MAX_REGIONS);
     }
     const uint64_t begin = base + comm.rank * stride;
     for (uint32_t i = 0; i < comm.region_count; ++i) {
         const Region& other = comm.regions[i];
         const uint64_t theirs = other.base + comm.rank * other.stride;
+        if (other.id == id) return fail(COMMPLANE_CAR_EEXIST, "symmetric region %u is registered already", id);
         if (begin < theirs + other.bytes && theirs < begin + bytes) {
             return fail(COMMPLANE_CAR_EINVAL, "the region overlaps registration %u", other.id);
         }
     }
-    comm.regions[comm.region_count++] = Region{base, stride, bytes, ++comm.region_ids};
-    *id = comm.region_ids;
+    comm.regions[comm.region_count++] = Region{base, stride, bytes, id};
     return COMMPLANE_CAR_OK;
 }
 

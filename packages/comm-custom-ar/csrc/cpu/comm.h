@@ -100,7 +100,6 @@ struct commplane_car_comm {
     uint64_t next_step = 1;
     uint64_t sequence = 0;  // calls begun
     uint32_t region_count = 0;
-    uint32_t region_ids = 0;
     commplane_car_segment* segment = nullptr;
     commplane_car_comm* older = nullptr;  // in the list of all that were ever opened
     commplane_car::RankControl* control[COMMPLANE_CAR_MAX_WORLD] = {};
@@ -117,7 +116,7 @@ int layout(const commplane_car_options& options, commplane_car_layout_info* out)
 int comm_open(const commplane_car_options& options, commplane_car_segment* segment, Comm** out);
 int comm_close(Comm& comm);
 int comm_abort(Comm& comm);
-int register_region(Comm& comm, uint64_t base, uint64_t stride, uint64_t bytes, uint32_t* id);
+int register_region(Comm& comm, uint64_t base, uint64_t stride, uint64_t bytes, uint32_t id);
 int unregister_region(Comm& comm, uint32_t id);
 
 // The region whose part of this rank holds [address, +bytes); null if none does.

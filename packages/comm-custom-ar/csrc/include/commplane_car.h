@@ -152,10 +152,10 @@ COMMPLANE_CAR_API int commplane_car_set_timeout(commplane_car_comm* comm, uint64
 /* The bytes that one flag hop carries: a message up to this size costs exactly one. */
 COMMPLANE_CAR_API uint64_t commplane_car_chunk_bytes(const commplane_car_comm* comm);
 
-/* Rank r's part is [base + r * stride, + bytes). Local, but ids count registrations: register in the same order on every
+/* Rank r's part is [base + r * stride, + bytes). Local; `id`, 1 to 65535, is the caller's name for it and the same on every
  * rank. Several processes map the same pages at base; the caller keeps them mapped until unregister. */
 COMMPLANE_CAR_API int commplane_car_register_symmetric(commplane_car_comm* comm, void* base, uint64_t stride,
-                                                       uint64_t bytes, uint32_t* id);
+                                                       uint64_t bytes, uint32_t id);
 COMMPLANE_CAR_API int commplane_car_unregister_symmetric(commplane_car_comm* comm, uint32_t id);
 
 /* Collective. in == out is in place, otherwise they must not overlap. Any alignment, any count up to 2^48 - 1; 0 still

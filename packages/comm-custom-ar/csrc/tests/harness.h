@@ -112,9 +112,7 @@ inline void run_group(const GroupOptions& options, const std::function<void(Rank
                                                            options.symmetric, &symmetric), 0);
                 }
                 auto* start = static_cast<unsigned char*>(commplane_car_segment_base(symmetric));
-                uint32_t id = 0;
-                CHECK_STATUS(commplane_car_register_symmetric(comm, start, options.symmetric, options.symmetric, &id), 0);
-                CHECK(id == 1);
+                CHECK_STATUS(commplane_car_register_symmetric(comm, start, options.symmetric, options.symmetric, 1), 0);
                 self.symmetric = start + rank * options.symmetric;
             }
             if (++mapped == options.world) {

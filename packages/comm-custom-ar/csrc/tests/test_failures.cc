@@ -186,8 +186,8 @@ void arguments() {
         CHECK_STATUS(commplane_car_all_reduce(self.comm, data, data, UINT64_C(1) << 48, kF32, kSum), COMMPLANE_CAR_EINVAL);
         CHECK_STATUS(commplane_car_all_reduce(self.comm, data, data, 4, 0, kSum), COMMPLANE_CAR_EUNSUPPORTED);
         CHECK_STATUS(commplane_car_all_reduce(self.comm, data, data, 4, kF32, 5), COMMPLANE_CAR_EUNSUPPORTED);
-        uint32_t id = 0;
-        CHECK_STATUS(commplane_car_register_symmetric(self.comm, data, 16, 32, &id), COMMPLANE_CAR_EINVAL);
+        CHECK_STATUS(commplane_car_register_symmetric(self.comm, data, 16, 32, 1), COMMPLANE_CAR_EINVAL);
+        CHECK_STATUS(commplane_car_register_symmetric(self.comm, data, 16, 16, 0), COMMPLANE_CAR_EINVAL);
         CHECK_STATUS(commplane_car_unregister_symmetric(self.comm, 9), COMMPLANE_CAR_ENOENT);
         CHECK_STATUS(commplane_car_barrier(self.comm), 0);  // none of these was a collective step, and none poisons
     });

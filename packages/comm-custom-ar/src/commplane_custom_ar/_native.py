@@ -3,8 +3,7 @@
 
 Everything here is local to the calling process but :func:`all_reduce` and :func:`barrier`, which are collective. There are
 two bindings with the same functions: ``abi3``, an extension module of CPython's stable ABI, for the two hot calls, and
-``ctypes``, for everything else and for a Python that has no such module. ``COMMPLANE_CUSTOM_AR_BINDING=ctypes`` or ``abi3``
-forces one. ``COMMPLANE_CUSTOM_AR_LIBRARY`` names another library file, for tests of an uninstalled build.
+``ctypes``, for everything else and for a Python that has no such module. :func:`load` can force one. ``_COMMPLANE_CAR_LIBRARY`` names another library file, for tests of an uninstalled build.
 
 Pointers are integers. Nobody here keeps memory alive: a mapping ends on :meth:`Segment.close` and never earlier, not even
 when the object is collected, because tensors may still point into it. Calls release the GIL.
@@ -149,7 +148,7 @@ def _bind_prototypes(library: ctypes.CDLL) -> None:
         "comm_close": (code, [pointer]),
         "set_timeout": (code, [pointer, u64]),
         "chunk_bytes": (u64, [pointer]),
-        "register_symmetric": (code, [pointer, pointer, u64, u64, ctypes.POINTER(u32)]),
+        "register_symmetric": (code, [pointer, pointer, u64, u64, u32]),
         "unregister_symmetric": (code, [pointer, u32]),
         "all_reduce": (code, [pointer, pointer, pointer, u64, code, code]),
         "barrier": (code, [pointer]),
@@ -184,7 +183,7 @@ def _find(file_name: str) -> Path | None:
 
 
 def _find_library() -> Path:
-    override = os.environ.get("COMMPLANE_CUSTOM_AR_LIBRARY")
+    override = os.environ.get("_COMMPLANE_CAR_LIBRARY")
     if override:
         return Path(override)
     path = _find(LIBRARY_NAME)
@@ -240,7 +239,7 @@ def load(binding: str | None = None, library: str | os.PathLike[str] | None = No
         )
     _bind_prototypes(loaded)
 
-    wanted = binding or os.environ.get("COMMPLANE_CUSTOM_AR_BINDING") or "auto"
+    wanted = binding or "auto"
     if wanted not in ("auto", "abi3", "ctypes"):
         raise NativeLibraryError(f"native binding: wanted auto, abi3 or ctypes, found {wanted!r}")
     if wanted != "ctypes":
@@ -440,11 +439,9 @@ class Comm:
         """The most that one wait for peers may take, for calls that begin after this. From any thread."""
         check(_library.commplane_car_set_timeout(self._handle, _nanoseconds(seconds)))
 
-    def register_symmetric(self, base: int, stride: int, nbytes: int) -> int:
-        """Say that rank r's buffers lie in [base + r*stride, +nbytes). Local, but in the same order on every rank."""
-        number = ctypes.c_uint32()
-        check(_library.commplane_car_register_symmetric(self._handle, base, stride, nbytes, ctypes.byref(number)))
-        return int(number.value)
+    def register_symmetric(self, base: int, stride: int, nbytes: int, number: int) -> None:
+        """Say that rank r's buffers lie in [base + r*stride, +nbytes). Local; `number` is the same on every rank."""
+        check(_library.commplane_car_register_symmetric(self._handle, base, stride, nbytes, number))
 
     def unregister_symmetric(self, number: int) -> None:
         """Take a registration back. Local; the memory may be unmapped afterwards."""

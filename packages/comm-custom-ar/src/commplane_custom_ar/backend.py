@@ -51,6 +51,7 @@ class CustomAllReduce(CommBackend):
         """Map the group's segment. Collective."""
         self._context = context
         _native.set_isa(context.options["isa"])
+        self._native = _native.load(context.options["binding"])
         if context.options["chunk_bytes"] < 4096 or context.options["slots"] < 2:
             raise ValueError(
                 f"wanted chunk_bytes of 4096 or more and slots of 2 or more, found {context.options['chunk_bytes']} and "
@@ -136,7 +137,7 @@ class CustomAllReduce(CommBackend):
     def barrier(self) -> None:
         """Return when all ranks have come here."""
         assert self._comm is not None
-        status = _native.barrier(self._comm.handle)
+        status = self._native.barrier(self._comm.handle)
         if status:
             raise self._error(status)
 
@@ -146,7 +147,7 @@ class CustomAllReduce(CommBackend):
         """A closure over native constants: what is known once is looked up once."""
         if collective is not Collective.ALL_REDUCE or self._comm is None:
             return super().bind(collective, op, dtype, in_place=in_place)
-        native, handle = _native.all_reduce, self._comm.handle
+        native, handle = self._native.all_reduce, self._comm.handle
         dtype_code, op_code = DTYPES[str(dtype).removeprefix("torch.")], OPS[str(op)]
         fail, dense_of, empty_like = self._error, self._dense, torch.empty_like
 

@@ -36,6 +36,8 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
                 "slots": 4,
                 # Vector code to use: auto, baseline, avx2 or avx512. For tests and comparisons.
                 "isa": "auto",
+                # How Python calls the native library: auto, abi3 or ctypes; abi3 costs a tenth, ctypes works everywhere.
+                "binding": "auto",
             },
         )
     ]

@@ -17,6 +17,8 @@ from commplane_custom_ar.segments import map_together
 
 __all__ = ["Region", "SymmetricHeap"]
 
+_MAX_ID = 65535
+
 
 @dataclass(eq=False)
 class Region:
@@ -35,6 +37,7 @@ class SymmetricHeap:
         self._context = context
         self._comm: Comm | None = comm
         self._regions: set[Region] = set()
+        self._count = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor. Collective; same shape and dtype on every rank."""
@@ -44,7 +47,9 @@ class SymmetricHeap:
         stride = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         rank, n = self._context.rank, self._context.world_size
         segment = map_together(self._context.bootstrap, "symmetric memory", n * stride, rank * stride, stride)
-        region = Region(segment, stride, nbytes, -1)
+        # Counted on every rank alike, whatever each of them has released since: peers compare the number in every call.
+        self._count = self._count % _MAX_ID + 1
+        region = Region(segment, stride, nbytes, self._count)
         self._register(region)
         self._regions.add(region)
         buffer = (ctypes.c_char * nbytes).from_address(segment.base + rank * stride)
@@ -53,7 +58,7 @@ class SymmetricHeap:
         return torch.frombuffer(buffer, dtype=dtype).reshape(tuple(shape))
 
     def move_to(self, comm: Comm) -> None:
-        """Register all regions with a communicator that replaces the present one. Local, same order on every rank."""
+        """Register all regions with a communicator that replaces the present one. Local."""
         self._comm = comm
         for region in self._regions:
             self._register(region)
@@ -64,7 +69,7 @@ class SymmetricHeap:
 
     def _register(self, region: Region) -> None:
         assert self._comm is not None
-        region.id = self._comm.register_symmetric(region.segment.base, region.stride, region.nbytes)
+        self._comm.register_symmetric(region.segment.base, region.stride, region.nbytes, region.id)
 
     def _release(self, region: Region) -> None:
         if self._comm is not None:

@@ -109,7 +109,10 @@ class StoreBootstrap:
         """A `torch.distributed.PrefixStore` of this group's own. Local."""
         from torch.distributed import PrefixStore
 
-        return PrefixStore(f"{self._prefix}/store/{name}", self._store)
+        # A client of its own, where torch can make one: a transport's blocking wait holds its client, and our rounds would
+        # wait with it.
+        clone = getattr(self._store, "clone", None)
+        return PrefixStore(f"{self._prefix}/store/{name}", self._store if clone is None else clone())
 
     def all_gather(
         self, value: Any, *, what: str, timeout: float | None = None, in_capture: bool = False

@@ -55,7 +55,8 @@ class Communicator:
         bootstrap: StoreBootstrap,
         host: PluginHost,
         startup_timeout: float,
-        forget: Callable[[Communicator], None],
+        on_fault: Callable[[], None],
+        on_close: Callable[[Communicator], None],
     ) -> None:
         self.key = key
         self.rank = rank
@@ -66,7 +67,8 @@ class Communicator:
         self._bootstrap = bootstrap
         self._host = host
         self._startup_timeout = startup_timeout
-        self._forget = forget
+        self._on_fault = on_fault
+        self._on_close = on_close
         self._workspaces: list[Workspace] = []
         self._live = DispatchTable(self.who, plan, self._named)
         self._table: dict[Any, Callable[..., Any]] = self._live
@@ -336,6 +338,7 @@ class Communicator:
 
         self._table = DeadTable(again)
         self._abort()
+        self._on_fault()
         self._host.notify("commplane_fault", communicator=self, error=error)
 
     def close(self) -> None:
@@ -364,7 +367,7 @@ class Communicator:
             workspace.close()
         for name, backend in self._named.items():
             close_backend(name, backend)
-        self._forget(self)
+        self._on_close(self)
         self._host.notify("commplane_communicator_closed", communicator=self)
 
     def __enter__(self) -> Communicator:

@@ -88,6 +88,7 @@ class Plane:
         self._communicators: list[Communicator] = []
         self._instances: Counter[GroupKey] = Counter()
         self._closed = False
+        self._faulted = False
         self._world = StoreBootstrap(
             world.store,
             range(world.world_size),
@@ -189,7 +190,15 @@ class Plane:
             draft = self._agree(key, wanted, bootstrap)
             plan, built = self._build(key, where, draft, bootstrap, who)
         out = Communicator(
-            key, bootstrap.rank, plan, built, bootstrap, self.plugins, self.config.startup, self._communicators.remove
+            key,
+            bootstrap.rank,
+            plan,
+            built,
+            bootstrap,
+            self.plugins,
+            self.config.startup,
+            on_fault=self._note_fault,
+            on_close=self._communicators.remove,
         )
         self._communicators.append(out)
         self._warn_of_refusals(plan, wanted)
@@ -200,6 +209,9 @@ class Plane:
         """Every rank's JSON value, by global rank, over the control plane. Collective over all ranks; slow."""
         self._open("gather")
         return self._world.all_gather(value, what=what)
+
+    def _note_fault(self) -> None:
+        self._faulted = True
 
     def _check_members(self, name: str, members: tuple[int, ...]) -> None:
         if len(set(members)) != len(members) or not members:
@@ -340,8 +352,11 @@ class Plane:
             raise CommplaneError(f"{what} on a plane that is closed: call commplane.init again")
 
     def close(self) -> None:
-        """Close every communicator, in order of creation, and leave. Collective over all ranks, idempotent."""
-        self._close(wait=True)
+        """Close every communicator, in order of creation, and leave. Collective over all ranks, idempotent.
+
+        After a fault of any communicator it waits for nobody: who is lost will not come, and the others leave too.
+        """
+        self._close(wait=not self._faulted)
 
     def _close(self, *, wait: bool) -> None:
         if self._closed:
@@ -361,7 +376,7 @@ class Plane:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._close(wait=kind is None)
+        self._close(wait=kind is None and not self._faulted)
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and getattr(self, "facts", None) is not None:

@@ -1,0 +1,94 @@
+"""Somebody else's code with a deadline. The calls wait for events, so nothing here depends on how fast a machine is."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from commplane.agree.bounded import Stalled, call_bounded
+
+# Never reached by a test that passes.
+LONG_S = 60.0
+# Certainly reached, because the call waits for an event that is set only afterwards.
+SHORT_S = 0.01
+
+
+def test_the_result_comes_back() -> None:
+    assert call_bounded(lambda: 42, LONG_S, "probe") == 42
+
+
+def test_none_is_a_result() -> None:
+    assert call_bounded(lambda: None, LONG_S, "probe") is None
+
+
+def test_the_call_runs_in_a_daemon_thread_of_its_own_that_is_named_for_it() -> None:
+    thread = call_bounded(threading.current_thread, LONG_S, "probe of mine")
+    assert thread is not threading.current_thread()
+    assert (thread.name, thread.daemon) == ("commplane probe of mine", True)
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit, KeyboardInterrupt])
+def test_an_exception_comes_back_as_it_is(kind: type[BaseException]) -> None:
+    error = kind("no driver")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(kind) as caught:
+        call_bounded(fail, LONG_S, "probe")
+    assert caught.value is error
+
+
+def test_a_call_in_time_is_not_late() -> None:
+    late = threading.Event()
+    threads = set(threading.enumerate())
+    call_bounded(lambda: None, LONG_S, "probe", on_late=late.set)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(LONG_S)
+    assert not late.is_set()
+
+
+def test_a_stalled_call_is_left_and_released_when_it_comes_back() -> None:
+    go_on, came_back = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow() -> None:
+        go_on.wait(LONG_S)
+        order.append("call")
+
+    def release() -> None:
+        order.append("release")
+        came_back.set()
+
+    with pytest.raises(Stalled, match=r"^build of mine did not finish in 0\.01 s$"):
+        call_bounded(slow, SHORT_S, "build of mine", on_late=release)
+    assert order == []
+    go_on.set()
+    assert came_back.wait(LONG_S)
+    assert order == ["call", "release"]
+
+
+def test_a_stalled_call_that_fails_in_the_end_is_released_too() -> None:
+    go_on, came_back = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        go_on.wait(LONG_S)
+        raise RuntimeError("too late to matter")
+
+    with pytest.raises(Stalled):
+        call_bounded(slow, SHORT_S, "build", on_late=came_back.set)
+    go_on.set()
+    assert came_back.wait(LONG_S)
+
+
+def test_a_stalled_call_needs_no_release() -> None:
+    go_on, ended = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        go_on.wait(LONG_S)
+        ended.set()
+
+    with pytest.raises(Stalled):
+        call_bounded(slow, SHORT_S, "probe")
+    go_on.set()
+    assert ended.wait(LONG_S)

@@ -1,0 +1,140 @@
+"""What importing loads, and that what is named exists."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import commplane
+import pytest
+from commplane import hookspecs
+
+# Shows which heavy modules a statement loaded.
+_PROBE = """
+import json, sys
+try:
+    exec({statement!r})
+except SystemExit as error:
+    code = error.code
+else:
+    code = None
+names = sys.modules
+print("\\n" + json.dumps([code, sorted(m for m in names if m.partition(".")[0] in {heavy!r})]))
+"""
+
+
+def loaded(statement: str, *heavy: str) -> tuple[object, list[str], str]:
+    """Exit code of `statement`, the modules of `heavy` that it loaded, and what it printed, in an isolated Python."""
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", _PROBE.format(statement=statement, heavy=set(heavy))],
+        capture_output=True,
+        text=True,
+        # Core alone: what else is installed on the machine is not what is tested here.
+        env={k: v for k, v in os.environ.items() if not k.startswith("COMMPLANE_")} | {"COMMPLANE_PLUGINS": "torch"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    out, _, last = run.stdout.rstrip("\n").rpartition("\n")
+    code, modules = json.loads(last)
+    return code, modules, out
+
+
+def test_the_probe_sees_what_is_loaded() -> None:
+    assert loaded("import json.tool", "json")[1] == [
+        "json",
+        "json.decoder",
+        "json.encoder",
+        "json.scanner",
+        "json.tool",
+    ]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "commplane",
+        "commplane.api",
+        "commplane.errors",
+        "commplane.hookspecs",
+        "commplane.config",
+        "commplane.plugins",
+        "commplane.select",
+        "commplane.cli",
+    ],
+)
+def test_importing_loads_neither_torch_nor_numpy(module: str) -> None:
+    assert loaded(f"import {module}", "torch", "numpy")[1] == []
+
+
+def test_importing_the_package_loads_no_backend() -> None:
+    assert loaded("import commplane, commplane.config", "commplane_custom_ar", "commplane_flashinfer")[1] == []
+
+
+def test_the_plugins_command_works_without_importing_torch() -> None:
+    statement = "import runpy; sys.argv = ['commplane', 'plugins']; runpy.run_module('commplane', run_name='__main__')"
+    code, modules, out = loaded(statement, "torch", "numpy")
+    assert (code, modules) == (0, [])
+    assert "torch" in out and "backend torch" in out
+
+
+def test_the_plugins_command_works_as_a_module() -> None:
+    run = subprocess.run(
+        [sys.executable, "-I", "-m", "commplane", "plugins", "--json"],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("COMMPLANE_")} | {"COMMPLANE_PLUGINS": "torch"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert [(p["name"], p["dist"], p["provides"]) for p in report["plugins"]] == [
+        ("torch", "commplane", ["backend torch"])
+    ]
+
+
+def modules(package: str) -> list[str]:
+    found = importlib.import_module(package)
+    below = [m.name for m in pkgutil.walk_packages(found.__path__, f"{package}.")]
+    return [package, *(m for m in below if not m.endswith(".__main__"))]
+
+
+@pytest.mark.parametrize("module", modules("commplane"))
+def test_every_name_that_a_module_exports_exists(module: str) -> None:
+    loaded = importlib.import_module(module)
+    exported = getattr(loaded, "__all__", [])
+    assert [name for name in exported if not hasattr(loaded, name)] == []
+    assert len(set(exported)) == len(exported)
+
+
+def test_the_api_gives_out_every_name_its_modules_export_but_the_core_side_ones() -> None:
+    from commplane import api
+
+    parts = {n for m in modules("commplane.api")[1:] for n in importlib.import_module(m).__all__}
+    assert parts - set(api.__all__) == {"PROJECT", "hookspec", "process_start", "ApiVersion"}
+
+
+def test_the_package_gives_out_the_names_of_the_design() -> None:
+    assert {"init", "errors", "CommplaneError", "hookimpl", "__version__"} <= set(commplane.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = commplane.nonsense
+
+
+def test_every_hook_is_named_for_what_it_does_and_documented() -> None:
+    for name in hookspecs.__all__:
+        assert name.startswith("commplane_")
+        assert inspect.getdoc(getattr(hookspecs, name))
+    specified = {n for n in vars(hookspecs) if n.startswith("commplane_")}
+    assert specified == set(hookspecs.__all__)
+
+
+@pytest.mark.parametrize("name", hookspecs.__all__)
+def test_the_reference_shows_every_hook_with_its_exact_signature(name: str) -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "reference" / "hooks.md"
+    signature = str(inspect.signature(getattr(hookspecs, name))).replace("'", "")
+    assert f"{name}{signature}" in page.read_text(encoding="utf-8")
