@@ -56,10 +56,10 @@ def main() -> int:
     for backend in ("torch", "custom_ar"):
         step(f"the same model over {options.ranks} ranks, COMMPLANE_BACKENDS={backend}")
         run, embeddings = embed(options, backend)
-        error = (embeddings - reference).abs().max().item()
-        wrong = wrong or error >= TOLERANCE or run["backend"] != backend
+        distance = (embeddings - reference).abs().max().item()
+        wrong = wrong or distance >= TOLERANCE or run["backend"] != backend
         speeds[backend] = run["sentences_per_second"]
-        print(f"  ran on {run['backend']}: max abs error against one process {error:.2e} (limit {TOLERANCE:.0e})")
+        print(f"  ran on {run['backend']}: max abs error against one process {distance:.2e} (limit {TOLERANCE:.0e})")
         print(f"  {speeds[backend]:.0f} sentences/s")
     print(f"\n  custom_ar against torch: {speeds['custom_ar'] / speeds['torch']:.2f} times the sentences/s")
 
@@ -83,8 +83,9 @@ def step(title: str) -> None:
 
 
 def progress(done: int, total: int) -> None:
-    """One line that counts."""
-    print(f"\r  embedding {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+    """One line that counts; in a log, only its end."""
+    if done == total or sys.stderr.isatty():
+        print(f"\r  embedding {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def embed(options: argparse.Namespace, backend: str) -> tuple[dict[str, Any], torch.Tensor]:

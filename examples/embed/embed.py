@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-import commplane
 import torch
 from model import Encoder, find_model
 from text import encode, load_tokenizer, max_length, read_sentences
+
+import commplane
 
 # Throughput is measured on this many sentences at most, this many times.
 TIMED_SENTENCES, TIMED_PASSES = 200, 5
@@ -44,7 +45,7 @@ def main() -> None:
             print(tp.plan, flush=True)
 
         def progress(done: int, total: int) -> None:
-            if tp.rank == 0:
+            if tp.rank == 0 and (done == total or sys.stderr.isatty()):
                 print(f"\r  embedding {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
         embeddings = encode(encoder, tokenizer, sentences, options.batch, progress)

@@ -137,9 +137,7 @@ class LayerNorm:
 class Layer:
     """One transformer layer: this rank's heads of the attention, this rank's slice of the MLP."""
 
-    def __init__(
-        self, weights: Weights, prefix: str, config: Config, tp: Communicator | None
-    ) -> None:
+    def __init__(self, weights: Weights, prefix: str, config: Config, tp: Communicator | None) -> None:
         rank, world_size = (tp.rank, tp.world_size) if tp is not None else (0, 1)
         # Cut by whole heads: a head's softmax needs all of its features on one rank.
         heads = shard(config.num_attention_heads, world_size, rank)
@@ -152,9 +150,7 @@ class Layer:
         self.heads = heads.stop - heads.start
         self.qkv = ColumnParallel(weights, *names, part=features)
         self.attention_out = RowParallel(weights, f"{attention}.output.dense", features, tp)
-        self.attention_norm = LayerNorm(
-            weights, f"{attention}.output.LayerNorm", config.layer_norm_eps
-        )
+        self.attention_norm = LayerNorm(weights, f"{attention}.output.LayerNorm", config.layer_norm_eps)
         self.up = ColumnParallel(weights, f"{prefix}.intermediate.dense", part=inner)
         self.down = RowParallel(weights, f"{prefix}.output.dense", inner, tp)
         self.mlp_norm = LayerNorm(weights, f"{prefix}.output.LayerNorm", config.layer_norm_eps)
@@ -198,10 +194,7 @@ class Encoder:
         self.positions = weights.read("embeddings.position_embeddings.weight")
         self.segment = weights.read("embeddings.token_type_embeddings.weight", slice(0, 1))
         self.norm = LayerNorm(weights, "embeddings.LayerNorm", config.layer_norm_eps)
-        self.layers = [
-            Layer(weights, f"encoder.layer.{index}", config, tp)
-            for index in range(config.num_hidden_layers)
-        ]
+        self.layers = [Layer(weights, f"encoder.layer.{index}", config, tp) for index in range(config.num_hidden_layers)]
         self.nbytes = weights.nbytes  # weights on this rank
 
     @property

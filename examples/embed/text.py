@@ -36,14 +36,11 @@ def read_sentences(path: str | Path) -> list[str]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise TextError(
-            f"cannot read {path}: wanted UTF-8 text, found byte 0x{data[error.start]:02x} "
-            f"on line {line}; save it as UTF-8"
+            f"cannot read {path}: wanted UTF-8 text, found byte 0x{data[error.start]:02x} on line {line}; save it as UTF-8"
         ) from error
     sentences = [line.strip() for line in text.split("\n") if line.strip()]
     if not sentences:
-        raise TextError(
-            f"cannot use {path}: wanted one sentence a line, found no text; add some lines"
-        )
+        raise TextError(f"cannot use {path}: wanted one sentence a line, found no text; add some lines")
     return sentences
 
 

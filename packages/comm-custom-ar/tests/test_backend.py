@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from commplane import errors
 from commplane.runtime import Communicator, Plane
 from commplane.testing import PluginHost, run_threads
@@ -150,7 +151,7 @@ def test_other_dtypes_and_collectives_go_to_torch() -> None:
 def test_unsupported_calls_say_so_and_do_no_harm() -> None:
     def rank_main(plane: Plane) -> None:
         tp = plane.communicator("tp")
-        with pytest.raises(errors.UnsupportedOperation, match="int16.*served by no backend"):
+        with pytest.raises(errors.UnsupportedOperation, match=r"int16.*served by no backend"):
             tp.all_reduce(torch.zeros(3, dtype=torch.int16))
         with pytest.raises(errors.UnsupportedOperation, match="wanted op sum, min, max, avg, found 'mean'"):
             tp.all_reduce(torch.zeros(3), "mean")

@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import commplane
 import pytest
 import torch
+
+import commplane
 from commplane import errors
 from commplane.testing import Outcome, PluginHost, run_processes
 from commplane_custom_ar import plugin
@@ -199,7 +200,7 @@ def tiny_shm(store: Any, rank: int, world_size: int) -> dict[str, Any]:
         tp = plane.communicator("tp")
         out = {"backends": list(tp.plan.backends), "reason": tp.plan.candidates[0].reason}
         if "custom_ar" in tp.plan.backends:
-            with pytest.raises(errors.CommunicatorError, match="empty failed and was rolled back on all ranks.*ENOSPC"):
+            with pytest.raises(errors.CommunicatorError, match=r"empty failed and was rolled back on all ranks.*ENOSPC"):
                 tp.empty(64 << 20, dtype=torch.float32)
         out["sum"] = tp.all_reduce(torch.ones(100_000))[-1].item()
         return out

@@ -91,9 +91,7 @@ class Rank:
         self.segment.close()
 
 
-def _process(
-    body: Callable[[Rank], Any], rank: int, world: int, name: str, binding: str, timeout_s: float, results: Any
-) -> None:
+def _process(body: Callable[[Rank], Any], rank: int, world: int, name: str, binding: str, timeout_s: float, results: Any) -> None:
     try:
         self = Rank(rank, world, name, binding, timeout_s)
         answer = body(self)
@@ -114,8 +112,7 @@ def run(
     context = mp.get_context("spawn")
     results = context.Queue()
     workers = [
-        context.Process(target=_process, args=(body, rank, world, name, binding, timeout_s, results))
-        for rank in range(world)
+        context.Process(target=_process, args=(body, rank, world, name, binding, timeout_s, results)) for rank in range(world)
     ]
     answers: dict[int, Any] = {}
     try:
@@ -407,7 +404,5 @@ def test_only_our_names_are_exported() -> None:
 
 
 def test_importing_the_package_loads_no_native_code() -> None:
-    code = (
-        "import sys, commplane_custom_ar; sys.exit('commplane_custom_ar._native' in sys.modules or 'torch' in sys.modules)"
-    )
+    code = "import sys, commplane_custom_ar; sys.exit('commplane_custom_ar._native' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-
 from dists import Wheels
+from hypothesis import settings
 
 # A slow machine is not a failure: examples have no deadline.
 settings.register_profile("commplane", deadline=None)

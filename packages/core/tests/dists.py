@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from commplane.config import Config
 from commplane.plugins import PluginHost, find_candidates
 

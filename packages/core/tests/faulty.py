@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+
 from commplane.api import (
     BackendSpec,
     BuildContext,

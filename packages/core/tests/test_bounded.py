@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+
 from commplane.agree.bounded import Stalled, call_bounded
 
 # Never reached by a test that passes.

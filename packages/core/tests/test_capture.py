@@ -8,6 +8,7 @@ from typing import Any
 import faulty
 import pytest
 import torch
+
 from commplane import errors
 from commplane.api import Capability
 from commplane.plugins import PluginHost
@@ -38,7 +39,9 @@ def capturing_host(_rank: int) -> PluginHost:
     return faulty.host(capabilities={Capability.ALL_REDUCE, Capability.CAPTURE})
 
 
-def run(function: Callable[[Plane], Any], world_size: int = 2, plugins: Callable[[int], PluginHost] = capturing_host) -> list[Any]:
+def run(
+    function: Callable[[Plane], Any], world_size: int = 2, plugins: Callable[[int], PluginHost] = capturing_host
+) -> list[Any]:
     return run_threads(world_size, function, plugins=plugins, config=lambda _rank: {"timeout": 5})
 
 
@@ -63,7 +66,10 @@ def test_equal_captures_pass_and_the_communicator_goes_on() -> None:
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        (([2, 2], [2]), r"rank 0 2, rank 1 1 in all\), first at number 2: rank 0 has all_reduce\(sum torch.float32 8 bytes\); rank 1 has nothing"),
+        (
+            ([2, 2], [2]),
+            r"rank 0 2, rank 1 1 in all\), first at number 2: rank 0 has all_reduce\(sum torch.float32 8 bytes\); rank 1 has nothing",
+        ),
         (([], [2]), r"first at number 1: rank 0 has nothing"),
     ],
 )

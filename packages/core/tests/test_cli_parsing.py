@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from commplane.bench import Row, table
 from commplane.bench.report import human_bytes
 from commplane.cli import bench, doctor, main, plugins
 from commplane.cli.bench import parse_size
 from commplane.cli.doctor import DTYPE_ALIASES
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from dists import Wheels, register, spec
+
 from commplane.api import BackendSpec, Capability, PageStoreSpec, SyncField, SyncSpec, TransferSpec, Vote
 from commplane.api.versions import CACHE_API, COMM_API, TRANSFER_API, ApiVersion
 from commplane.errors import CommplaneWarning, PluginCompatibilityError
 from commplane.plugins import Kind, compat
 from commplane.plugins.compat import check_api, check_requirements, contract_of
-
-from dists import Wheels, register, spec
 
 
 def backend(api: ApiVersion) -> BackendSpec:

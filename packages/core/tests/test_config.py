@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from commplane.config import Config
 from commplane.errors import ConfigError
 
@@ -183,6 +184,11 @@ def test_shared_holds_what_must_be_equal_and_not_what_belongs_to_one_rank() -> N
 def test_the_digest_changes_with_each_shared_value(argument: dict[str, Any]) -> None:
     changed = Config.load(argument, environ={}).with_options(DECLARED)
     assert changed.digest != Config().with_options(DECLARED).digest
+
+
+def test_the_digest_does_not_depend_on_the_order_in_which_backends_were_found() -> None:
+    backwards = {name: dict(reversed(options.items())) for name, options in reversed(DECLARED.items())}
+    assert Config().with_options(backwards).digest == Config().with_options(DECLARED).digest
 
 
 @pytest.mark.parametrize("argument", [{"host_alias": "a"}, {"trace_hooks": True}])

@@ -6,12 +6,12 @@ import itertools
 from pathlib import Path
 
 import pytest
+from dists import Wheels, register, spec
+
 from commplane.api import BackendSpec, hookimpl
 from commplane.config import Config
 from commplane.errors import CommplaneWarning, PluginError, PluginLoadError, PluginNotFound
 from commplane.plugins import Kind, PluginHost, find_candidates
-
-from dists import Wheels, register, spec
 
 # Finding, without importing anything.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from dists import Wheels, register, spec
+
 from commplane.api import hookimpl
 from commplane.errors import CommplaneWarning, PluginConflict, PluginError
 from commplane.plugins import Kind, PluginHost
-
-from dists import Wheels, register, spec
 
 
 def test_two_distributions_with_one_plugin_name_are_both_left_out_and_named_when_it_is_asked_for(

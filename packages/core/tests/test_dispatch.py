@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from commplane.api import BackendSpec, BuildContext, Collective, CommBackend, GroupKey, ReduceOp
 from commplane.errors import CommunicatorError, PeerError, UnsupportedOperation
 from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable
@@ -114,10 +115,18 @@ def test_sizes_count_bytes_and_not_elements() -> None:
 def test_a_size_that_no_backend_covers_is_an_error_and_no_call(nbytes: int) -> None:
     bench = Bench(low=(10, 19), high=(30, 39))
     with pytest.raises(
-        UnsupportedOperation, match=r"^\[tp rank 0/2\] all_reduce of int8 with op sum is served by no backend"
+        UnsupportedOperation, match=r"^\[tp rank 0/2\] all_reduce of .*int8 with op sum is served by no backend"
     ):
         bench.table[REDUCE](of(nbytes))
     assert bench.calls == []
+
+
+def test_a_size_below_a_backend_without_upper_limit_is_an_error_and_no_call() -> None:
+    bench = Bench(large=(10, None))
+    with pytest.raises(UnsupportedOperation):
+        bench.table[REDUCE](of(9))
+    bench.table[REDUCE](of(10))
+    assert len(bench.calls) == 1
 
 
 @pytest.mark.parametrize("nbytes", [10, 19, 30, 39])

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import commplane
 import faulty
 import pytest
 import torch
+
+import commplane
 from commplane import errors
 from commplane.testing import Outcome, run_processes
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from torch.distributed import HashStore
+
 from commplane.agree import Activity, CaptureGuard
 from commplane.errors import CaptureError
-from torch.distributed import HashStore
 
 
 def ranks(count: int) -> list[Activity]:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commplane
 import pytest
+
+import commplane
 from commplane import hookspecs
 
 # Shows which heavy modules a statement loaded.

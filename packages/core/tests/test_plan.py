@@ -7,11 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from commplane.api import BackendSpec, Collective, GroupKey, Numerics, ReduceOp
 from commplane.errors import UnsupportedOperation
 from commplane.select import Candidate, Plan, Route, compile_routes
-from hypothesis import given
-from hypothesis import strategies as st
 
 DTYPES = ["float32", "bfloat16", "int8"]
 # Barriers have no size; they have their own test.
@@ -181,6 +182,12 @@ REASONS: list[tuple[dict[str, Any], str]] = [
 def test_explain_gives_the_declared_limit_that_a_call_is_outside_of(changes: dict[str, Any], reason: str) -> None:
     answer = plan_of([backend("torch"), backend(**changes)]).explain(nbytes=100)
     assert (answer.chosen, answer.others) == ("torch", (("mine", reason),))
+
+
+@pytest.mark.parametrize("limits", [{"min_bytes": 100}, {"max_bytes": 100}])
+def test_explain_does_not_hold_a_size_on_the_limit_against_a_backend(limits: dict[str, int]) -> None:
+    answer = plan_of([backend("torch"), backend(**limits)]).explain(nbytes=100)
+    assert answer.others == (("mine", "torch comes before it"),)
 
 
 def test_explain_says_what_the_numerics_class_rules_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from commplane.errors import PluginCompatibilityError, PluginConflict, PluginError, PluginLoadError
 from commplane.plugins import Kind, Mismatch, Problem, as_error
 

@@ -7,11 +7,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from commplane.api import BackendSpec, GroupKey
 from commplane.errors import AgreementError
 from commplane.select import choose, difference, static_refusal
-from hypothesis import given
-from hypothesis import strategies as st
 
 NAMES = ["a", "b", "c", "torch"]
 Submission = dict[str, Any]
@@ -91,6 +92,14 @@ def test_every_backend_is_either_chosen_or_refused_with_a_reason(published: list
     refused = [c.name for c in draft.refused]
     assert sorted([*draft.order, *refused]) == sorted({n for s in published for n in s["backends"]})
     assert all(c.reason and c.state in ("probe", "policy") for c in draft.refused)
+
+
+@given(submissions())
+def test_refusals_are_listed_in_the_order_of_names_so_that_plans_compare_equal(published: list[Submission]) -> None:
+    refused = choose(key(len(published)), published).refused
+    for state in ("probe", "policy"):
+        names = [c.name for c in refused if c.state == state]
+        assert names == sorted(names)
 
 
 @given(submissions())

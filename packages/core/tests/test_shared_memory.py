@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from commplane.agree.shared_memory import SHM_DIRECTORY, SHM_PREFIX, ProofSegment, sweep
 
 pytestmark = pytest.mark.skipif(not SHM_DIRECTORY.is_dir(), reason="the system has no shared-memory file system")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from commplane.api import (
     BackendSpec,
     Capability,
@@ -17,8 +20,6 @@ from commplane.api import (
     TransferSpec,
     Vote,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def backend(**changes: Any) -> BackendSpec:
@@ -125,6 +126,15 @@ def test_json_of_equal_specs_is_equal_whatever_order_they_were_written_in(
     other = backend(dtypes=sorted(dtypes), ops=sorted(ops), capabilities=sorted(capabilities))
     assert one == other
     assert repr(one.to_json()) == repr(other.to_json())
+
+
+def test_json_lists_are_sorted_because_sets_have_another_order_in_each_process() -> None:
+    json = backend(
+        capabilities=list(Capability), dtypes=["int8", "float32", "bfloat16"], ops=["sum", "min", "max", "avg"]
+    ).to_json()
+    assert json["ops"] == ["avg", "max", "min", "sum"]
+    assert json["dtypes"] == ["bfloat16", "float32", "int8"]
+    assert json["capabilities"] == sorted(c.value for c in Capability)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 
 Everything here is local to the calling process but :func:`all_reduce` and :func:`barrier`, which are collective. There are
 two bindings with the same functions: ``abi3``, an extension module of CPython's stable ABI, for the two hot calls, and
-``ctypes``, for everything else and for a Python that has no such module. :func:`load` can force one. ``_COMMPLANE_CAR_LIBRARY`` names another library file, for tests of an uninstalled build.
+``ctypes``, for everything else and for a Python that has no such module. :func:`load` can force one.
+``_COMMPLANE_CAR_LIBRARY`` in the environment names another library file, for tests of an uninstalled build.
 
 Pointers are integers. Nobody here keeps memory alive: a mapping ends on :meth:`Segment.close` and never earlier, not even
 when the object is collected, because tensors may still point into it. Calls release the GIL.

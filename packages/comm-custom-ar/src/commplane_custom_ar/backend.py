@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
 from commplane.api import Bootstrap, BuildContext, Collective, CommBackend, ReduceOp, Requirement, Workspace
 from commplane.errors import CommunicatorError, MismatchError, PeerError, UnsupportedOperation
-
 from commplane_custom_ar import _native
 from commplane_custom_ar._native import DTYPES, OPS, Comm, Segment
 from commplane_custom_ar.segments import map_together
@@ -66,9 +66,7 @@ class CustomAllReduce(CommBackend):
         context = self._context
         staging = chunk * context.options["slots"]
         layout = _native.layout(context.world_size, staging)
-        segment = map_together(
-            context.bootstrap, "staging", layout.total, layout.offsets[context.rank], layout.part_bytes
-        )
+        segment = map_together(context.bootstrap, "staging", layout.total, layout.offsets[context.rank], layout.part_bytes)
         try:
             comm = Comm(
                 segment,
@@ -141,9 +139,7 @@ class CustomAllReduce(CommBackend):
         if status:
             raise self._error(status)
 
-    def bind(
-        self, collective: Collective, op: ReduceOp | None, dtype: torch.dtype | None, *, in_place: bool
-    ) -> Call:
+    def bind(self, collective: Collective, op: ReduceOp | None, dtype: torch.dtype | None, *, in_place: bool) -> Call:
         """A closure over native constants: what is known once is looked up once."""
         if collective is not Collective.ALL_REDUCE or self._comm is None:
             return super().bind(collective, op, dtype, in_place=in_place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 
 from commplane.api import Bootstrap
-
 from commplane_custom_ar._native import Segment
 
 __all__ = ["map_together"]

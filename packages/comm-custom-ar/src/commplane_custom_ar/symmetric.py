@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from commplane.api import BuildContext
 
+from commplane.api import BuildContext
 from commplane_custom_ar._native import Comm, Segment
 from commplane_custom_ar.segments import map_together
 

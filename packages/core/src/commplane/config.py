@@ -164,9 +164,7 @@ class Config:
         """
         options = {backend: dict(defaults) for backend, defaults in declared.items()}
         sources = dict(self.sources)
-        known = {
-            f"{backend}.{option}": (backend, option) for backend, defaults in declared.items() for option in defaults
-        }
+        known = {f"{backend}.{option}": (backend, option) for backend, defaults in declared.items() for option in defaults}
         flat = {key.replace(".", "_"): key for key in known}
         absent = tuple(absent)
         for key, (raw, source) in self.pending.items():

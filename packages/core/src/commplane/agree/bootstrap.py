@@ -114,9 +114,7 @@ class StoreBootstrap:
         clone = getattr(self._store, "clone", None)
         return PrefixStore(f"{self._prefix}/store/{name}", self._store if clone is None else clone())
 
-    def all_gather(
-        self, value: Any, *, what: str, timeout: float | None = None, in_capture: bool = False
-    ) -> list[Any]:
+    def all_gather(self, value: Any, *, what: str, timeout: float | None = None, in_capture: bool = False) -> list[Any]:
         """Every rank's value, in group order. Collective."""
         return self._round({"value": value}, what, timeout, in_capture)
 

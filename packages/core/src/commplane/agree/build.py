@@ -58,10 +58,13 @@ def joint_verdict(
     reasons: dict[str, list[int]] = {}
     for rank, reason in causes or [(rank, v["problem"]) for rank, v in failed]:
         reasons.setdefault(reason, []).append(rank)
-    return "; ".join(
-        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {reason}"
-        for reason, ranks in reasons.items()
-    ) or None
+    return (
+        "; ".join(
+            f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {reason}"
+            for reason, ranks in reasons.items()
+        )
+        or None
+    )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import secrets
@@ -29,10 +30,8 @@ def _memory_limit() -> int | None:
             continue
         if text.isdigit():
             limits.append(int(text))
-    try:
+    with contextlib.suppress(OSError, ValueError):  # a system that does not tell: the cgroup limit, if any, is known
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (OSError, ValueError):
-        pass  # a system that does not tell: the cgroup limit, if any, is what is known
     return min(limits, default=None)
 
 
@@ -52,7 +51,7 @@ def _cores() -> tuple[int, ...]:
 
 def _pid_namespace() -> str:
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return socket.gethostname()
 
@@ -84,9 +83,7 @@ def exchange_facts(bootstrap: StoreBootstrap, host_alias: str) -> Facts:
     """
     sweep()
     mine = observe(bootstrap.rank)
-    hello = bootstrap.all_gather(
-        {"facts": mine.to_json(), "alias": host_alias, "nonce": secrets.token_hex(8)}, what="facts"
-    )
+    hello = bootstrap.all_gather({"facts": mine.to_json(), "alias": host_alias, "nonce": secrets.token_hex(8)}, what="facts")
     aliases: Sequence[str] = [h["alias"] for h in hello]
     proof = ProofSegment(hello[0]["nonce"], bootstrap.rank)
     try:

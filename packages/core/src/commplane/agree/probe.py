@@ -16,7 +16,11 @@ __all__ = ["probe_all"]
 
 
 def probe_all(
-    backends: Mapping[str, Registered], request: ProbeRequest, options: Mapping[str, Mapping[str, Any]], facts: Facts, timeout: float
+    backends: Mapping[str, Registered],
+    request: ProbeRequest,
+    options: Mapping[str, Mapping[str, Any]],
+    facts: Facts,
+    timeout: float,
 ) -> dict[str, dict[str, Any]]:
     """The verdict of each backend, as JSON, with its spec and where it came from. Local, each probe within `timeout`."""
     out = {}

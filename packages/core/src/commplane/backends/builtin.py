@@ -33,7 +33,7 @@ __all__ = [
 
 
 def probe(request: ProbeRequest, facts: Facts) -> Verdict:
-    """torch has to be installed; everything else is its own business."""
+    """Torch has to be installed; everything else is its own business."""
     if importlib.util.find_spec("torch") is None:
         return Unusable("torch is not installed: pip install commplane[torch]")
     return Usable()

@@ -18,7 +18,7 @@ from commplane.errors import MismatchError, PeerError, UnsupportedOperation
 
 __all__ = ["TorchDistributed"]
 
-_OPS = {
+_OPS: dict[ReduceOp, Any] = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
     ReduceOp.MIN: dist.ReduceOp.MIN,
     ReduceOp.MAX: dist.ReduceOp.MAX,
@@ -119,7 +119,7 @@ class TorchDistributed(CommBackend):
                 raise UnsupportedOperation(f"{self._context.who} {what}: {text}") from error
             peers = [r for r in self._context.ranks if r != self._context.ranks[self._context.rank]]
             missing = self._context.facts.dead(peers)
-            if "preamble" in text or "size" in text and not missing:
+            if "preamble" in text or ("size" in text and not missing):
                 raise MismatchError(
                     f"{self._context.who} {what}: ranks called with different sizes or in a different order: {text}"
                 ) from error
@@ -148,7 +148,5 @@ def _new_group(context: BuildContext, device: str, timeout: timedelta) -> Any:
     names: Sequence[str] = [dist.Backend.default_device_backend_map.get(device, "")]
     if not names[0]:
         raise RuntimeError(f"{context.who} torch.distributed has no backend for device {device!r}")
-    group = dist.new_group(
-        list(context.ranks), timeout=timeout, backend=names[0], use_local_synchronization=True
-    )
+    group = dist.new_group(list(context.ranks), timeout=timeout, backend=names[0], use_local_synchronization=True)
     return group._get_backend(torch.device(device))

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from commplane.errors import CommplaneWarning, ConfigError, UnsupportedOperation
@@ -175,7 +176,7 @@ def _turn(case: Case, tensor: torch.Tensor, calls: int) -> list[float]:
     for i in range(1, calls + 1):
         all_reduce_(tensor)
         stamps[i] = clock()
-    return [(b - a) / 1000 for a, b in zip(stamps, stamps[1:], strict=False)]
+    return [(b - a) / 1000 for a, b in pairwise(stamps)]
 
 
 def _p99(values: Sequence[float]) -> float:

@@ -45,7 +45,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def require_plotting() -> Any:
-    """matplotlib's pyplot, drawing into files. Raises `ConfigError` where it is not installed: call it before measuring."""
+    """Matplotlib's pyplot, drawing into files. Raises `ConfigError` where it is not installed: call it before measuring."""
     try:
         import matplotlib
 

@@ -17,9 +17,7 @@ __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="commplane", description="Communication backends that every rank of a group agrees on."
-    )
+    parser = argparse.ArgumentParser(prog="commplane", description="Communication backends that every rank of a group agrees on.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (doctor, plugins, bench, launch):
         module.add_commands(commands)

@@ -45,9 +45,7 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def check_requirements(
-    requires: Iterable[str], installed: Callable[[str], str | None] = _installed
-) -> list[Mismatch]:
+def check_requirements(requires: Iterable[str], installed: Callable[[str], str | None] = _installed) -> list[Mismatch]:
     """Re-read ``Requires-Dist``: what the plugin's own metadata wants against what is installed here."""
     mismatches = []
     for line in requires:
@@ -66,7 +64,5 @@ def check_requirements(
         )
         if not ok:
             wanted = f"{requirement.name}{requirement.specifier}"
-            mismatches.append(
-                Mismatch(wanted, f"{requirement.name} {found or 'not installed'}", f'pip install "{wanted}"')
-            )
+            mismatches.append(Mismatch(wanted, f"{requirement.name} {found or 'not installed'}", f'pip install "{wanted}"'))
     return mismatches

@@ -90,9 +90,7 @@ class PluginHost:
                 host.problems.append(Problem(c.name, str(c), Kind.DENIED, "left out by COMMPLANE_PLUGINS"))
             elif count[c.name] > 1:
                 rivals = [f"{o.dist} {o.version}" for o in host.candidates if o.name == c.name]
-                summary = (
-                    f"{len(rivals)} distributions provide plugin {c.name!r}: {' and '.join(rivals)}; uninstall all but one"
-                )
+                summary = f"{len(rivals)} distributions provide plugin {c.name!r}: {' and '.join(rivals)}; uninstall all but one"
                 host.problems.append(Problem(c.name, str(c), Kind.CONFLICT, summary, names=(c.name,)))
             else:
                 host._load(c)
@@ -176,9 +174,7 @@ class PluginHost:
         kind = next(k for k in self._specs if isinstance(spec, k))
         mismatches = check_api(spec, dist or plugin)
         if mismatches and not self._skip_compat(plugin, mismatches):
-            self.problems.append(
-                Problem(plugin, title, Kind.COMPATIBILITY, "other API", tuple(mismatches), names=(spec.name,))
-            )
+            self.problems.append(Problem(plugin, title, Kind.COMPATIBILITY, "other API", tuple(mismatches), names=(spec.name,)))
             return
         rival = self._specs[kind].get(spec.name)
         if rival is not None:

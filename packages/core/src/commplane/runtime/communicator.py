@@ -145,9 +145,7 @@ class Communicator:
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Fill `tensor` in place from group rank `src`; returns `tensor`."""
         if not 0 <= src < self.world_size:
-            raise UnsupportedOperation(
-                f"{self.who} broadcast wants src as a group rank below {self.world_size}, found {src}"
-            )
+            raise UnsupportedOperation(f"{self.who} broadcast wants src as a group rank below {self.world_size}, found {src}")
         try:
             return self._table["broadcast", None, tensor.dtype](tensor, src)  # type: ignore[no-any-return]
         except (PeerError, MismatchError) as error:
@@ -168,9 +166,7 @@ class Communicator:
 
     # Control plane.
 
-    def prepare(
-        self, collective: str = "all_reduce", *, dtype: torch.dtype | str = "float32", max_bytes: int
-    ) -> None:
+    def prepare(self, collective: str = "all_reduce", *, dtype: torch.dtype | str = "float32", max_bytes: int) -> None:
         """Build every workspace for messages of up to `max_bytes` bytes a rank, before they are needed. Collective.
 
         Call it before a capture: nothing grows inside one. Several calls add up.
@@ -186,7 +182,7 @@ class Communicator:
         def build() -> list[Workspace]:
             return self._host.init_workspace(self, [need])
 
-        def undo(built: list[Workspace]) -> None:
+        def undo(built: Iterable[Workspace]) -> None:
             for workspace in built:
                 workspace.close()
 
@@ -194,14 +190,14 @@ class Communicator:
         self._workspaces.extend(self._joint("prepare", value, build, undo))
         self._live.clear()  # backends are bound anew, to what they built
 
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def empty(self, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory: reduced without a staging copy. Collective.
 
         Where no backend of the plan has symmetric memory for `dtype`, an ordinary tensor; the plan is the same on every rank,
         so all ranks get the same kind. The memory goes when the tensor does.
 
         Args:
-            shape: same on every rank.
+            shape: integers or one sequence of them, as for `torch.empty`; same on every rank.
             dtype: same on every rank; if unset, torch's default.
         """
         import torch
@@ -252,7 +248,7 @@ class Communicator:
         if self._capturing:
             raise CaptureError(f"{self.who} {what} inside a capture: do it before, a capture may only hold collectives")
         if isinstance(self._table, DeadTable):
-            self._table[what]  # raises what every call raises
+            raise self._table.error()
 
     # Capture, driven by the plane.
 

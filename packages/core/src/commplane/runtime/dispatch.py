@@ -103,7 +103,8 @@ class DeadTable(dict[Key, Call]):
 
     def __init__(self, make: Callable[[], CommplaneError]) -> None:
         super().__init__()
-        self._make = make
+        self.error = make
+        """What every call raises."""
 
     def __missing__(self, key: Key) -> Call:
-        raise self._make()
+        raise self.error()

