@@ -65,9 +65,7 @@ class Wheels:
         self._modules.add(name)
         importlib.invalidate_caches()
 
-    def backend(
-        self, dist: str, *names: str, plugin: str = "", version: str = "1.0", requires: Sequence[str] = ()
-    ) -> None:
+    def backend(self, dist: str, *names: str, plugin: str = "", version: str = "1.0", requires: Sequence[str] = ()) -> None:
         """A distribution with one plugin, by default named like its first backend, that registers backends `names`."""
         plugin = plugin or names[0]
         module = f"plugin_of_{dist.replace('-', '_')}"

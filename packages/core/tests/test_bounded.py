@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from commplane.agree.bounded import Stalled, call_bounded
+from commplane.agree.bounded import Abandoned, Stalled, call_bounded
 
 # Never reached by a test that passes.
 LONG_S = 60.0
@@ -93,3 +93,33 @@ def test_a_stalled_call_needs_no_release() -> None:
         call_bounded(slow, SHORT_S, "probe")
     go_on.set()
     assert ended.wait(LONG_S)
+
+
+def test_a_call_is_left_as_soon_as_there_is_a_reason_not_to_wait_and_the_reason_is_the_cause() -> None:
+    go_on, came_back = threading.Event(), threading.Event()
+    reason = RuntimeError("rank 1 gave up")
+    with pytest.raises(Abandoned, match=r"^build was given up$") as caught:
+        call_bounded(lambda: go_on.wait(LONG_S), LONG_S, "build", on_late=came_back.set, give_up=lambda: reason)
+    assert caught.value.__cause__ is reason
+    assert not isinstance(caught.value, Stalled)
+    go_on.set()
+    assert came_back.wait(LONG_S)
+
+
+def test_without_a_reason_to_give_up_the_result_is_waited_for() -> None:
+    go_on = threading.Event()
+    asked: list[None] = []
+
+    def give_up() -> None:
+        asked.append(None)
+        go_on.set()
+
+    assert call_bounded(lambda: go_on.wait(LONG_S), LONG_S, "build", give_up=give_up) is True
+    assert asked
+
+
+def test_the_deadline_holds_also_while_there_is_no_reason_to_give_up() -> None:
+    go_on = threading.Event()
+    with pytest.raises(Stalled):
+        call_bounded(lambda: go_on.wait(LONG_S), SHORT_S, "build", give_up=lambda: None)
+    go_on.set()

@@ -35,9 +35,7 @@ def test_each_kind_of_spec_belongs_to_one_contract() -> None:
     ("api", "fits"),
     [((2, 3), True), ((2, 0), True), ((2, 4), False), ((3, 0), False), ((1, 3), False), ((1, 9), False)],
 )
-def test_the_major_must_be_equal_and_the_minor_not_newer(
-    api: ApiVersion, fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_major_must_be_equal_and_the_minor_not_newer(api: ApiVersion, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "COMM_API", (2, 3))
     assert (check_api(backend(api), "mine-dist") == []) is fits
 

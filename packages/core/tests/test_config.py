@@ -113,9 +113,7 @@ def test_a_wrong_value_names_setting_source_wanted_and_found(key: str, raw: Any,
 
 
 def test_a_wrong_value_in_the_environment_names_the_variable() -> None:
-    with pytest.raises(
-        ConfigError, match=r"setting 'timeout' from environment variable COMMPLANE_TIMEOUT: .* found 'x'"
-    ):
+    with pytest.raises(ConfigError, match=r"setting 'timeout' from environment variable COMMPLANE_TIMEOUT: .* found 'x'"):
         Config.load(environ={"COMMPLANE_TIMEOUT": "x"})
 
 
@@ -187,7 +185,7 @@ def test_the_digest_changes_with_each_shared_value(argument: dict[str, Any]) -> 
 
 
 def test_the_digest_does_not_depend_on_the_order_in_which_backends_were_found() -> None:
-    backwards = {name: dict(reversed(options.items())) for name, options in reversed(DECLARED.items())}
+    backwards = {name: dict(reversed(list(options.items()))) for name, options in reversed(list(DECLARED.items()))}
     assert Config().with_options(backwards).digest == Config().with_options(DECLARED).digest
 
 

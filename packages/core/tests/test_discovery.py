@@ -59,9 +59,7 @@ def test_of_two_versions_of_a_distribution_only_the_one_that_python_imports_coun
     wheels.add("mine", {"mine": "m.new"}, version="2.0", folder="first")
     wheels.add("mine", {"mine": "m.old", "dropped": "m.dropped"}, version="1.0", folder="second")
     first, second = wheels.folders
-    assert [str(c) for c in find_candidates([first, second])] == [
-        "mine from mine 2.0 (commplane.plugins: mine = m.new)"
-    ]
+    assert [str(c) for c in find_candidates([first, second])] == ["mine from mine 2.0 (commplane.plugins: mine = m.new)"]
 
 
 def test_a_metadata_folder_that_an_uninstall_left_behind_does_not_stop_discovery(wheels: Wheels) -> None:
@@ -108,9 +106,7 @@ def test_backends_come_from_every_plugin_in_the_order_of_names(wheels: Wheels) -
     ],
     ids=["missing import", "ImportError", "RuntimeError", "SystemExit", "SyntaxError"],
 )
-def test_a_plugin_that_cannot_be_imported_is_recorded_and_the_others_load(
-    wheels: Wheels, source: str, error: str
-) -> None:
+def test_a_plugin_that_cannot_be_imported_is_recorded_and_the_others_load(wheels: Wheels, source: str, error: str) -> None:
     wheels.backend("good-dist", "good")
     wheels.backend("zgood-dist", "zgood")
     wheels.module("broken_module", source)
@@ -158,9 +154,7 @@ def test_a_hook_with_an_argument_that_it_does_not_have_is_recorded_and_leaves_no
     wheels: Wheels,
 ) -> None:
     wheels.backend("good-dist", "zgood")
-    source = (
-        register(spec("mine")) + "\n\n@hookimpl\ndef commplane_configure(configuration):\n    raise AssertionError\n"
-    )
+    source = register(spec("mine")) + "\n\n@hookimpl\ndef commplane_configure(configuration):\n    raise AssertionError\n"
     wheels.module("wrong_argument_module", source)
     wheels.add("wrong-dist", {"mine": "wrong_argument_module"})
     with pytest.warns(CommplaneWarning, match="configuration"):

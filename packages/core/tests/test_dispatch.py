@@ -114,9 +114,7 @@ def test_sizes_count_bytes_and_not_elements() -> None:
 @pytest.mark.parametrize("nbytes", [0, 9, 20, 29, 40, 1000])
 def test_a_size_that_no_backend_covers_is_an_error_and_no_call(nbytes: int) -> None:
     bench = Bench(low=(10, 19), high=(30, 39))
-    with pytest.raises(
-        UnsupportedOperation, match=r"^\[tp rank 0/2\] all_reduce of .*int8 with op sum is served by no backend"
-    ):
+    with pytest.raises(UnsupportedOperation, match=r"^\[tp rank 0/2\] all_reduce of .*int8 with op sum is served by no backend"):
         bench.table[REDUCE](of(nbytes))
     assert bench.calls == []
 
@@ -157,9 +155,7 @@ def test_in_place_and_out_of_place_are_two_calls_of_the_backend() -> None:
     assert bench.calls == [("torch", "all_reduce_", ReduceOp.SUM), ("torch", "all_reduce", ReduceOp.MAX)]
 
 
-@pytest.mark.parametrize(
-    "limits", [{"torch": (0, None)}, {"mine": (0, 100), "torch": (0, None)}], ids=["one", "by size"]
-)
+@pytest.mark.parametrize("limits", [{"torch": (0, None)}, {"mine": (0, 100), "torch": (0, None)}], ids=["one", "by size"])
 def test_every_collective_reaches_its_method(limits: dict[str, tuple[int, int | None]]) -> None:
     bench = Bench(**limits)
     first = next(iter(limits))
@@ -169,9 +165,7 @@ def test_every_collective_reaches_its_method(limits: dict[str, tuple[int, int | 
     assert bench.calls == [(first, "all_gather"), (first, "reduce_scatter", ReduceOp.SUM), (first, "broadcast", 1)]
 
 
-@pytest.mark.parametrize(
-    "limits", [{"torch": (0, None)}, {"mine": (0, 100), "torch": (0, None)}], ids=["one", "by size"]
-)
+@pytest.mark.parametrize("limits", [{"torch": (0, None)}, {"mine": (0, 100), "torch": (0, None)}], ids=["one", "by size"])
 def test_a_barrier_reaches_the_first_backend_whatever_sizes_it_serves(
     limits: dict[str, tuple[int, int | None]],
 ) -> None:
@@ -201,9 +195,7 @@ def test_a_backend_for_all_sizes_is_called_without_anything_between() -> None:
         (("all_gather", None, torch.complex64), "all_gather of complex64"),
     ],
 )
-def test_what_no_backend_serves_is_refused_and_not_remembered(
-    key: tuple[str, str | None, torch.dtype], text: str
-) -> None:
+def test_what_no_backend_serves_is_refused_and_not_remembered(key: tuple[str, str | None, torch.dtype], text: str) -> None:
     bench = Bench(torch=(0, None))
     with pytest.raises(UnsupportedOperation, match=text):
         bench.table[key]

@@ -185,7 +185,7 @@ def test_explain_gives_the_declared_limit_that_a_call_is_outside_of(changes: dic
 
 
 @pytest.mark.parametrize("limits", [{"min_bytes": 100}, {"max_bytes": 100}])
-def test_explain_does_not_hold_a_size_on_the_limit_against_a_backend(limits: dict[str, int]) -> None:
+def test_explain_does_not_hold_a_size_on_the_limit_against_a_backend(limits: dict[str, Any]) -> None:
     answer = plan_of([backend("torch"), backend(**limits)]).explain(nbytes=100)
     assert answer.others == (("mine", "torch comes before it"),)
 
@@ -236,9 +236,7 @@ def test_the_backends_of_a_plan_are_those_that_are_ready_in_their_order() -> Non
 
 
 def test_the_text_of_a_plan_shows_every_candidate_and_every_range() -> None:
-    text = str(
-        plan_of([backend(max_bytes=99), backend("torch")], "any", Candidate("gone", "d 1", "probe", "spans hosts"))
-    )
+    text = str(plan_of([backend(max_bytes=99), backend("torch")], "any", Candidate("gone", "d 1", "probe", "spans hosts")))
     assert "left out at probe: spans hosts" in text
     assert "0 <= bytes < 100" in text and "100 <= bytes < inf" in text
 

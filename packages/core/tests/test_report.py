@@ -18,12 +18,8 @@ OLD = Problem(
     ),
     names=("mine_fast",),
 )
-BROKEN = Problem(
-    "other", "other from other-dist 2.0", Kind.LOAD, "ImportError: no libfoo", traceback="Traceback:\n  line 1\n"
-)
-CLASH = Problem(
-    "third", "third from third-dist 3.0", Kind.CONFLICT, "two distributions provide backend 'x'", names=("x",)
-)
+BROKEN = Problem("other", "other from other-dist 2.0", Kind.LOAD, "ImportError: no libfoo", traceback="Traceback:\n  line 1\n")
+CLASH = Problem("third", "third from third-dist 3.0", Kind.CONFLICT, "two distributions provide backend 'x'", names=("x",))
 DENIED = Problem("fourth", "fourth from fourth-dist 4.0", Kind.DENIED, "left out by COMMPLANE_PLUGINS")
 
 

@@ -65,16 +65,12 @@ def test_the_choice_is_deterministic_and_leaves_its_input_alone(published: list[
 
 
 @given(submissions(), st.randoms(use_true_random=False))
-def test_the_choice_does_not_depend_on_the_order_in_which_mappings_were_filled(
-    published: list[Submission], random: Any
-) -> None:
+def test_the_choice_does_not_depend_on_the_order_in_which_mappings_were_filled(published: list[Submission], random: Any) -> None:
     shuffled = []
     for s in published:
         names = list(s["backends"])
         random.shuffle(names)
-        shuffled.append(
-            {"backends": {n: s["backends"][n] for n in names}, "request": dict(reversed(s["request"].items()))}
-        )
+        shuffled.append({"backends": {n: s["backends"][n] for n in names}, "request": dict(reversed(s["request"].items()))})
     assert choose(key(len(published)), shuffled) == choose(key(len(published)), published)
 
 
@@ -184,7 +180,7 @@ def test_different_requests_are_an_error_and_equal_ones_are_not(requests: list[l
 
 
 def test_a_missing_submission_is_a_mistake_of_the_caller() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="shorter"):
         choose(key(2), submit({"a": entry()}))
 
 
@@ -246,7 +242,5 @@ def backend(**changes: Any) -> BackendSpec:
         ({"name": "torch"}, 1, None),
     ],
 )
-def test_a_declared_limit_refuses_a_group_outside_of_it(
-    changes: dict[str, Any], size: int, refusal: str | None
-) -> None:
+def test_a_declared_limit_refuses_a_group_outside_of_it(changes: dict[str, Any], size: int, refusal: str | None) -> None:
     assert static_refusal(backend(**changes), key(size)) == refusal

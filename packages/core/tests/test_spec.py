@@ -106,7 +106,7 @@ def test_one_single_size_is_a_valid_range() -> None:
 
 def test_arguments_are_named_so_that_fields_may_be_added() -> None:
     with pytest.raises(TypeError):
-        BackendSpec("mine", (1, 0), "m:C", "m:p", {Capability.ALL_REDUCE}, {"float32"}, "cpu")  # type: ignore[misc]
+        BackendSpec("mine", (1, 0), "m:C", "m:p", {Capability.ALL_REDUCE}, {"float32"}, "cpu")  # type: ignore[call-arg]
 
 
 def test_collectives_are_the_capabilities_that_are_operations_in_the_order_of_the_enumeration() -> None:
@@ -161,9 +161,7 @@ def test_json_shows_every_difference_that_bears_on_the_plan(changes: dict[str, A
 
 
 def test_transfer_spec_checks_its_factory_and_freezes_its_capabilities() -> None:
-    assert TransferSpec(name="nixl", api=(1, 0), factory="m:C", capabilities=["rdma"]).capabilities == frozenset(
-        {"rdma"}
-    )
+    assert TransferSpec(name="nixl", api=(1, 0), factory="m:C", capabilities=["rdma"]).capabilities == frozenset({"rdma"})
     with pytest.raises(ValueError, match="nixl: factory must read"):
         TransferSpec(name="nixl", api=(1, 0), factory="m")
 

@@ -45,6 +45,7 @@ def run_processes(
     env: Callable[[int], Mapping[str, str]] = lambda _rank: {},
     timeout: float = 60.0,
     command: Callable[[int], Sequence[str]] = lambda _rank: [sys.executable],
+    address: str = "127.0.0.1",
 ) -> list[Outcome]:
     """Call ``function(store, rank, world_size, *args)`` in `world_size` new processes.
 
@@ -55,11 +56,12 @@ def run_processes(
         env: variables to set on a rank beside the caller's.
         timeout: seconds until those still running are killed.
         command: how Python is started on a rank; for namespaces and tools.
+        address: of this process as the ranks see it.
     """
     from torch.distributed import TCPStore
 
     code = sys.modules[function.__module__].__file__
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         running = []
@@ -70,6 +72,7 @@ def run_processes(
                 "args": args,
                 "rank": rank,
                 "world_size": world_size,
+                "address": address,
                 "port": store.port,
                 "out": f"{folder}/{rank}.json",
             }
@@ -106,7 +109,7 @@ def _main(job: dict[str, Any]) -> int:
     sys.modules[spec.name] = module
     sys.path.insert(0, str(Path(job["file"]).parent))
     spec.loader.exec_module(module)
-    store = TCPStore("127.0.0.1", job["port"], is_master=False)
+    store = TCPStore(job["address"], job["port"], is_master=False)
     said: dict[str, Any] = {}
     try:
         said["result"] = getattr(module, job["function"])(store, job["rank"], job["world_size"], *job["args"])
