@@ -20,6 +20,10 @@ __all__ = ["CommplaneError", "Communicator", "Config", "Plane", "__version__", "
 _LAZY = {"init": "runtime", "Plane": "runtime", "Communicator": "runtime", "Config": "config"}
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     import importlib
 

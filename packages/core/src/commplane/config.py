@@ -33,7 +33,7 @@ FILE_VARIABLE = "COMMPLANE_CONFIG"
 
 def _names(value: Any) -> tuple[str, ...]:
     items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, Iterable) or not all(isinstance(item, str) for item in items):
+    if not isinstance(items, Iterable) or isinstance(items, Mapping) or not all(isinstance(item, str) for item in items):
         raise ValueError("a list of names, such as a,b")
     return tuple(item.strip() for item in items if item.strip())
 
@@ -136,9 +136,13 @@ class Config:
                     raise ConfigError(f"setting {key!r} from {source}: wanted {error}, found {raw!r}") from None
                 sources[key] = source
             elif isinstance(raw, Mapping):
+                if not raw:
+                    pending[key] = (raw, source)
                 for option, value in raw.items():
+                    pending.pop(f"{key}.{option}", None)  # last in the order of the sources, not where it first was
                     pending[f"{key}.{option}"] = (value, source)
             else:
+                pending.pop(key, None)
                 pending[key] = (raw, source)
 
         path = environ.get(FILE_VARIABLE)
@@ -168,6 +172,8 @@ class Config:
         flat = {key.replace(".", "_"): key for key in known}
         absent = tuple(absent)
         for key, (raw, source) in self.pending.items():
+            if raw == {} and (key in declared or key in absent):
+                continue
             full = key if key in known else flat.get(key, "")
             if not full:
                 if key.startswith(tuple(f"{name}{sep}" for name in absent for sep in "._")):
@@ -237,6 +243,8 @@ def _as_type_of(default: Any, raw: Any, key: str, source: str) -> Any:
                 raise ValueError
             return int(raw)
         if isinstance(default, float):
+            if isinstance(raw, bool):
+                raise ValueError
             return float(raw)
         if isinstance(default, str) and isinstance(raw, str):
             return raw

@@ -29,12 +29,8 @@ _LONGEST_PAUSE_S = 0.25
 _LOOK_EVERY_S = 0.5
 
 
-class PeerFailed(CommplaneError):
-    """A rank said that it failed instead of coming to the round; `reasons` are by group rank."""
-
-    def __init__(self, message: str, reasons: dict[int, str]) -> None:
-        super().__init__(message)
-        self.reasons = reasons
+class PeerFailed(AgreementError):
+    """A rank said that it failed instead of coming to the round; the text has its reason."""
 
 
 class StoreBootstrap:
@@ -131,7 +127,7 @@ class StoreBootstrap:
         """Tell the others, instead of coming to the next round, that this rank cannot go on. Local, does not wait."""
         if self._error is not None or self.world_size == 1:
             return
-        self._error = PeerFailed(f"{self._who} gave up: {reason}", {self._rank: reason})
+        self._error = PeerFailed(f"{self._who} gave up: {reason}")
         base = f"{self._prefix}/{self._seq}"
         self._store.set(f"{base}/{self._rank}", json.dumps({"failed": reason}))
         self._store.compare_set(f"{self._prefix}/failed", "", json.dumps({"failed": {str(self._rank): reason}}))
@@ -251,7 +247,7 @@ class StoreBootstrap:
         if "failed" in outcome:
             reasons = {int(r): reason for r, reason in outcome["failed"].items()}
             text = "; ".join(f"rank {self._ranks[r]}: {reason}" for r, reason in sorted(reasons.items()))
-            return PeerFailed(f"{self._who} {what}: {text}", reasons)
+            return PeerFailed(f"{self._who} {what}: {text}")
         missing = [self._ranks[r] for r in outcome["missing"] if r != self._rank]
         notes = []
         for r in missing:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from commplane.api import GroupKey
 from commplane.errors import CaptureError
 
 __all__ = ["Activity", "CaptureGuard"]
@@ -31,42 +32,41 @@ class Activity:
         self._store = store
         self._rank = rank
 
-    def _put(self, text: str, forming: Sequence[int] | None, name: str) -> None:
-        note = {"text": text, "forming": None if forming is None else list(forming), "name": name}
+    def _put(self, text: str, forming: GroupKey | None = None) -> None:
+        note = {"text": text, "forming": forming and {"key": str(forming), "ranks": list(forming.ranks)}}
         self._store.set(f"activity/{self._rank}", json.dumps(note))
 
     @contextmanager
-    def forming(self, name: str, ranks: Sequence[int]) -> Iterator[None]:
-        """While this rank waits for `ranks` to form communicator `name`.
+    def forming(self, key: GroupKey) -> Iterator[None]:
+        """While this rank waits for the others to form the communicator `key`.
 
         The note stays when forming fails, so that peers stuck in another group can still read the difference.
         """
-        self._put(f"forms communicator {name!r} over {list(ranks)}", ranks, name)
+        self._put(f"forms communicator {key}", key)
         yield
-        self._put(f"opened communicator {name!r} over {list(ranks)}", None, name)
+        self._put(f"opened communicator {key}")
 
     def say(self, text: str) -> None:
         """Leave a note."""
-        self._put(text, None, "")
+        self._put(text)
 
     def read(self, rank: int) -> dict[str, Any] | None:
         """The note of another rank, or None if it left none."""
         key = f"activity/{rank}"
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
-    def conflict(self, name: str, ranks: Sequence[int], waiting_for: Sequence[int]) -> str | None:
-        """A reason why forming `name` over `ranks` can never end: a peer waits for us in another communicator.
+    def conflict(self, key: GroupKey, waiting_for: Sequence[int]) -> str | None:
+        """A reason why forming `key` can never end: a peer waits for us in another communicator.
 
         This rank waits for that peer and the peer for this rank, so neither can go on; that is certain, not a time-out.
         """
         for peer in waiting_for:
             note = self.read(peer)
-            if note is None or note["forming"] is None or (note["name"], note["forming"]) == (name, list(ranks)):
+            if note is None or note["forming"] is None or note["forming"]["key"] == str(key):
                 continue
-            if self._rank in note["forming"]:
+            if self._rank in note["forming"]["ranks"]:
                 return (
-                    f"rank {self._rank} forms communicator {name!r} over {list(ranks)}, "
-                    f"rank {peer} forms {note['name']!r} over {note['forming']}: every rank must create the same "
-                    f"communicators in the same order"
+                    f"rank {self._rank} forms communicator {key}, rank {peer} forms {note['forming']['key']}: every rank must "
+                    f"create the same communicators in the same order"
                 )
         return None

@@ -33,7 +33,7 @@ class Spec:
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise ValueError(f"{type(self).__name__}: name must be an identifier, found {self.name!r}")
-        api = tuple(self.api)
+        api = tuple(self.api) if isinstance(self.api, (tuple, list)) else ()  # type: ignore[redundant-expr]
         if len(api) != 2 or not all(isinstance(n, int) for n in api):
             raise ValueError(f"{self.name}: api must be two integers such as (1, 0), found {self.api!r}")
         object.__setattr__(self, "api", api)
@@ -75,17 +75,22 @@ class BackendSpec(Spec):
     max_bytes: int | None = None
     numerics: Numerics = Numerics.UNORDERED
     priority: int = 0
-    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_path(self.name, "factory", self.factory)
         _check_path(self.name, "probe", self.probe)
+        for label in ("capabilities", "dtypes", "ops"):
+            if isinstance(getattr(self, label), str):
+                raise ValueError(f"{self.name}: {label} must be a collection of names, found {getattr(self, label)!r}")
         self.set_defaulted("capabilities", frozenset(Capability(c) for c in self.capabilities))
         self.set_defaulted("dtypes", frozenset(self.dtypes))
         self.set_defaulted("ops", frozenset(ReduceOp(o) for o in self.ops))
         self.set_defaulted("numerics", Numerics(self.numerics))
         self.set_defaulted("options", dict(self.options))
+        if self.max_world_size is not None and self.max_world_size < self.min_world_size:
+            raise ValueError(f"{self.name}: max_world_size {self.max_world_size} is below min_world_size {self.min_world_size}")
         if self.max_bytes is not None and self.max_bytes < self.min_bytes:
             raise ValueError(f"{self.name}: max_bytes {self.max_bytes} is below min_bytes {self.min_bytes}")
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from commplane.bench import measure, plot, require_plotting, table
-from commplane.cli.doctor import DTYPE_ALIASES
-from commplane.cli.launch import add_ranks_option, in_ranks
+from commplane.cli.launch import add_ranks_option, in_ranks, positive
+from commplane.cli.parse import DTYPE_ALIASES, parse_size
 from commplane.errors import ConfigError
 from commplane.runtime import init
 
-__all__ = ["add_commands", "parse_size"]
+__all__ = ["add_commands"]
 
 _SIZES = "64,1K,8K,64K,256K,1M,4M,16M"
-_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def add_commands(commands: Any) -> None:
@@ -30,23 +28,18 @@ def add_commands(commands: Any) -> None:
         "--dtypes", type=_dtypes, default=_dtypes("float32,bfloat16"), metavar="LIST", help="default float32,bfloat16"
     )
     parser.add_argument("--backends", metavar="LIST", help="which to compare with torch (default all that are usable)")
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default 7)")
+    parser.add_argument("--rounds", type=positive, default=7, help="counted rounds (default 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency against size (wants commplane[plot])")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(call=_bench)
 
 
-def parse_size(text: str) -> int:
-    """``64``, ``8K``, ``64KiB``, ``1MB`` as bytes; K, M and G are powers of 1024."""
-    match = re.fullmatch(r"(\d+)\s*([KMG]?)(?:I?B)?", text.strip().upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"wanted a size such as 64, 8K or 1M, found {text!r}")
-    return int(match[1]) * _UNITS[match[2]]
-
-
 def _sizes(text: str) -> list[int]:
-    return [parse_size(part) for part in text.split(",") if part.strip()]
+    sizes = [parse_size(part) for part in text.split(",") if part.strip()]
+    if not sizes:
+        raise argparse.ArgumentTypeError("wanted at least one size, found none")
+    return sizes
 
 
 def _dtypes(text: str) -> list[str]:

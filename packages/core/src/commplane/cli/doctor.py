@@ -11,23 +11,13 @@ from typing import Any
 
 from commplane.api import Collective
 from commplane.cli.launch import add_ranks_option, in_ranks
+from commplane.cli.parse import DTYPE_ALIASES, parse_size
 from commplane.cli.plugins import plugin_report
 from commplane.errors import AgreementError
 from commplane.plugins import Kind
 from commplane.runtime import Plane, init
 
-__all__ = ["DTYPE_ALIASES", "add_commands"]
-
-DTYPE_ALIASES = {
-    "f32": "float32",
-    "fp32": "float32",
-    "f64": "float64",
-    "fp64": "float64",
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "fp16": "float16",
-    "half": "float16",
-}
+__all__ = ["add_commands"]
 
 
 def add_commands(commands: Any) -> None:
@@ -38,7 +28,7 @@ def add_commands(commands: Any) -> None:
     doctor.set_defaults(call=lambda options: _report(options, _doctor))
     explain = commands.add_parser("explain", help="what would run for one call, what not, and why")
     explain.add_argument("collective", nargs="?", default="all_reduce", choices=[str(c) for c in Collective])
-    explain.add_argument("--bytes", type=int, default=8192, help="size of the message (default 8192)")
+    explain.add_argument("--bytes", type=parse_size, default=8192, metavar="SIZE", help="such as 8192 or 8K (default 8192)")
     explain.add_argument("--dtype", default="float32", help="such as bfloat16 or bf16 (default float32)")
     explain.add_argument("--op", default="sum", choices=["sum", "min", "max", "avg"], help="reduction (default sum)")
     add_ranks_option(explain)

@@ -25,7 +25,7 @@ _OUTCOMES = "_COMMPLANE_OUTCOMES"
 def add_commands(commands: Any) -> None:
     """Define ``run``."""
     run = commands.add_parser("run", help="start a script on several ranks of this machine (through torchrun)")
-    run.add_argument("--ranks", type=_count, default=2, metavar="N", help="number of ranks (default 2)")
+    run.add_argument("--ranks", type=positive, default=2, metavar="N", help="number of ranks (default 2)")
     run.add_argument("script", help="a Python file, or -m and a module")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     run.set_defaults(call=lambda options: torchrun(options.ranks, [options.script, *options.arguments]))
@@ -34,11 +34,11 @@ def add_commands(commands: Any) -> None:
 def add_ranks_option(parser: argparse.ArgumentParser) -> None:
     """``--ranks``, for commands that start ranks when they are not one already."""
     parser.add_argument(
-        "--ranks", type=_count, default=2, metavar="N", help="ranks to start on this machine (default 2; not under torchrun)"
+        "--ranks", type=positive, default=2, metavar="N", help="ranks to start on this machine (default 2; not under torchrun)"
     )
 
 
-def _count(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"wanted 1 or more, found {text}")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 import importlib_metadata
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 from commplane.api.spec import BackendSpec, Spec, TransferSpec
 from commplane.api.versions import CACHE_API, COMM_API, TRANSFER_API, ApiVersion
@@ -45,6 +46,17 @@ def _installed(name: str) -> str | None:
         return None
 
 
+def _satisfies(specifier: SpecifierSet, found: str) -> bool:
+    try:
+        version = Version(found)
+    except InvalidVersion:
+        return not specifier
+    # A development version of core counts as the release it leads to: 1.2.0.dev3 serves a plugin that wants >=1.2.
+    return specifier.contains(version, prereleases=True) or (
+        version.is_devrelease and specifier.contains(version.base_version, prereleases=True)
+    )
+
+
 def check_requirements(requires: Iterable[str], installed: Callable[[str], str | None] = _installed) -> list[Mismatch]:
     """Re-read ``Requires-Dist``: what the plugin's own metadata wants against what is installed here."""
     mismatches = []
@@ -57,11 +69,7 @@ def check_requirements(requires: Iterable[str], installed: Callable[[str], str |
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         found = installed(requirement.name)
-        # A development version of core counts as the release it leads to: 1.2.0.dev3 serves a plugin that wants >=1.2.
-        ok = found is not None and (
-            requirement.specifier.contains(found, prereleases=True)
-            or requirement.specifier.contains(Version(found).base_version, prereleases=True)
-        )
+        ok = found is not None and _satisfies(requirement.specifier, found)
         if not ok:
             wanted = f"{requirement.name}{requirement.specifier}"
             mismatches.append(Mismatch(wanted, f"{requirement.name} {found or 'not installed'}", f'pip install "{wanted}"'))

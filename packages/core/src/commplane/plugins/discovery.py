@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import importlib_metadata
+from packaging.utils import canonicalize_name
 
 __all__ = ["ENTRY_POINT_GROUP", "Candidate", "core_version", "find_candidates"]
 
@@ -46,14 +48,21 @@ def find_candidates(path: Sequence[str | os.PathLike[str]] | None = None) -> lis
         path: folders to search instead of ``sys.path``.
     """
     found: dict[tuple[str, str, str], Candidate] = {}
+    seen: set[str] = set()
     for dist in importlib_metadata.distributions(path=[os.fspath(p) for p in (sys.path if path is None else path)]):
-        for ep in dist.entry_points.select(group=ENTRY_POINT_GROUP):
-            # The same distribution may be seen twice, through an editable install or a repeated sys.path entry; the first
-            # is the one that Python imports.
-            found.setdefault(
-                (ep.name, str(dist.name).lower(), ep.value),
-                Candidate(ep.name, ep.value, dist.name, dist.version, tuple(dist.requires or ()), ep),
-            )
+        try:
+            name = canonicalize_name(dist.name)
+            entry_points = list(dist.entry_points.select(group=ENTRY_POINT_GROUP))
+        except Exception as error:  # what an uninstall left behind: no metadata, or none that can be read
+            logging.getLogger(__name__).info("an installed distribution has no readable metadata and is passed over: %r", error)
+            continue
+        # The same distribution may be seen twice, through an editable install or a repeated sys.path entry; the first
+        # is the one that Python imports.
+        if name in seen:
+            continue
+        seen.add(name)
+        for ep in entry_points:
+            found[ep.name, name, ep.value] = Candidate(ep.name, ep.value, dist.name, dist.version, tuple(dist.requires or ()), ep)
     return [found[key] for key in sorted(found)]
 
 

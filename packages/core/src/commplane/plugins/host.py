@@ -94,13 +94,17 @@ class PluginHost:
                 host.problems.append(Problem(c.name, str(c), Kind.CONFLICT, summary, names=(c.name,)))
             else:
                 host._load(c)
-        for name in host.config.plugins:
-            if not name.startswith("-") and count[name] == 0 and name != "torch":
+        named = [name for name in config.plugins if not name.startswith("-") and name != "torch"]
+        for name in named:
+            if count[name] == 0:
                 raise host.not_found("plugin", name, [c.name for c in host.candidates])
         host.config = config.with_options(
             {name: r.spec.options for name, r in host.registered(BackendSpec).items()},  # type: ignore[attr-defined]
-            absent={p.plugin for p in host.problems} | {n for p in host.problems for n in p.names},
+            absent={p.plugin.replace("-", "_") for p in host.problems} | {n for p in host.problems for n in p.names},
         )
+        asked = [p for p in host.problems if p.plugin in named and p.kind is not Kind.DENIED]
+        if asked:
+            raise as_error(asked, len(host.candidates), core_version())
         for problem in host.problems:
             if problem.kind is not Kind.DENIED:
                 warnings.warn(
@@ -139,6 +143,12 @@ class PluginHost:
         """
         title = title or f"{name} from {dist or 'this process'} {version}"
         before = len(self.problems)
+        if self._manager.has_plugin(name) or self._manager.is_registered(plugin):
+            holder = name if self._manager.has_plugin(name) else str(self._manager.get_name(plugin))
+            taken = f"{holder!r} from {' '.join(self.versions[holder])}"
+            summary = f"is registered already as plugin {taken}; {dist or 'this process'} {version} cannot take its place"
+            self.problems.append(Problem(name, title, Kind.CONFLICT, summary, names=(name,)))
+            raise as_error(self.problems[before:], 1, core_version())
         try:
             self._manager.register(plugin, name)
             self._manager.check_pending()
@@ -162,6 +172,9 @@ class PluginHost:
     def _collect(self, hook: str, plugin: object, name: str) -> list[Spec]:
         others = [p for p in self._manager.get_plugins() if p is not plugin]
         results = self._manager.subset_hook_caller(hook, others)()
+        for result in results:
+            if not isinstance(result, Iterable):
+                raise TypeError(f"{hook} of plugin {name!r} must return a list, found {type(result).__name__}")
         specs: list[Spec] = [spec for result in results for spec in result]
         for spec in specs:
             if not isinstance(spec, _REGISTER_HOOKS[hook]):
@@ -180,8 +193,12 @@ class PluginHost:
         if rival is not None:
             word = kind.__name__.removesuffix("Spec").lower()
             summary = (
-                f"two distributions provide {word} {spec.name!r}: {rival.dist or rival.plugin} {rival.version} and "
-                f"{dist or plugin} {version}; uninstall one or set COMMPLANE_PLUGINS=-{plugin}"
+                f"provides {word} {spec.name!r} twice"
+                if rival.plugin == plugin
+                else (
+                    f"two distributions provide {word} {spec.name!r}: {rival.dist or rival.plugin} {rival.version} and "
+                    f"{dist or plugin} {version}; uninstall one or set COMMPLANE_PLUGINS=-{plugin}"
+                )
             )
             # Core's own torch backend stays: it is what every group can fall back to.
             if rival.plugin != "torch":
@@ -214,16 +231,15 @@ class PluginHost:
 
     def require(self, names: Iterable[str]) -> None:
         """Raise for backends that were asked for by name and cannot be used, all problems in one error."""
-        problems: list[Problem] = []
-        for name in names:
-            if name in self._specs[BackendSpec]:
-                continue
-            concerned = [p for p in self.problems if p.concerns(name)]
-            if not concerned:
-                raise self.not_found("backend", name, self._specs[BackendSpec])
-            problems.extend(p for p in concerned if p not in problems)
+        wanted = [name for name in dict.fromkeys(names) if name not in self._specs[BackendSpec]]
+        problems = [p for p in self.problems if any(p.concerns(name) for name in wanted)]
+        unknown = [name for name in wanted if not any(p.concerns(name) for p in problems)]
+        missing = [self.not_found("backend", name, self._specs[BackendSpec]) for name in unknown]
+        if not problems and missing:
+            raise PluginNotFound("; ".join(map(str, missing)))
         if problems:
-            raise as_error(problems, max(len(self.candidates), len(problems)), core_version())
+            error = as_error(problems, max(len(self.candidates), len(problems)), core_version())
+            raise type(error)("\n".join([str(error), *map(str, missing)]))
 
     def not_found(self, what: str, name: str, known: Iterable[str]) -> PluginNotFound:
         """The error for a name that nobody provides; lists what there is."""
@@ -240,7 +256,7 @@ class PluginHost:
         """Every plugin that takes part, with distribution and version: equal on all ranks of a plane."""
         seen = {c.name: [c.name, c.dist, c.version] for c in self.candidates if self.config.allows(c.name)}
         for name, (dist, version) in self.versions.items():
-            seen.setdefault(name, [name, dist, version])
+            seen[name] = [name, dist, version]
         return [seen[name] for name in sorted(seen)]
 
     # Typed hook calls, so that nothing else in core touches pluggy.

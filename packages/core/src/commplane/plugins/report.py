@@ -86,7 +86,7 @@ def as_error(problems: Sequence[Problem], total: int, core: str) -> PluginError:
         frozenset({Kind.CONFLICT}): "claim a name that another distribution claims too",
         frozenset({Kind.LOAD}): "failed to load",
     }.get(frozenset(kinds), "cannot be used")
-    out = [f"{len(problems)} of {total} plugins {what}"]
+    out = [f"{len({p.title for p in problems})} of {total} plugins {what}"]
     for problem in problems:
         out.extend(f"  {line}" for line in problem.lines())
         if problem.traceback:

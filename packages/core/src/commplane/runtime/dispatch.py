@@ -19,15 +19,15 @@ IN_PLACE = "all_reduce_"
 """Name of the in-place all-reduce in the table; the other entries are named like their collective."""
 
 
-def _by_size(routes: list[Route], calls: list[Call], refuse: Callable[[], CommplaneError]) -> Call:
+def _by_size(routes: list[Route], calls: list[Call], refuse: Callable[[int | None], CommplaneError]) -> Call:
     """A callable that picks by the tensor's bytes. With one route for all sizes it is the bound callable itself."""
     if len(routes) == 1 and (routes[0].low, routes[0].high) == (0, None):
         return calls[0]
     starts: list[int] = []
     table: list[Call] = []
 
-    def gap(*_args: Any) -> Any:
-        raise refuse()
+    def gap(tensor: Any, *_args: Any) -> Any:
+        raise refuse(tensor.nbytes)
 
     end: int | None = 0
     for route, call in zip(routes, calls, strict=True):
@@ -61,8 +61,8 @@ class DispatchTable(dict[Key, Call]):
         collective = Collective.ALL_REDUCE if name == IN_PLACE else Collective(name)
         dtype_name = str(dtype).removeprefix("torch.")
 
-        def refuse() -> CommplaneError:
-            return self._plan.unsupported(self._who, collective, op, dtype_name)
+        def refuse(nbytes: int | None = None) -> CommplaneError:
+            return self._plan.unsupported(self._who, collective, op, dtype_name, nbytes)
 
         if op is not None and op not in ReduceOp._value2member_map_:
             raise refuse()

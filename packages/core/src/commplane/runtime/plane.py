@@ -179,9 +179,9 @@ class Plane:
             who=who,
             guard=self._guard,
             activity=self._activity,
-            conflict=lambda missing: self._activity.conflict(name, members, missing),
+            conflict=lambda missing: self._activity.conflict(key, missing),
         )
-        with self._activity.forming(name, members):
+        with self._activity.forming(key):
             try:
                 self.plugins.require(wanted)
             except CommplaneError as error:

@@ -52,7 +52,8 @@ def difference(what: str, values: Mapping[int, Any]) -> str | None:
         return None
     if all(isinstance(v, dict) for v, _ in groups):
         keys = sorted({k for v, _ in groups for k in v})
-        keys = [k for k in keys if any(v.get(k) != groups[0][0].get(k) for v, _ in groups)]
+        first = groups[0][0]
+        keys = [k for k in keys if any((k in v, v.get(k)) != (k in first, first.get(k)) for v, _ in groups)]
         shown = [(", ".join(f"{k}={v.get(k, 'nothing')!r}" for k in keys), ranks) for v, ranks in groups]
     else:
         shown = [(repr(v), ranks) for v, ranks in groups]
@@ -90,7 +91,7 @@ def choose(key: GroupKey, submissions: Sequence[Mapping[str, Any]]) -> Draft:
             usable[name] = some
         else:
             refused.append(Candidate(name, some["dist"], "probe", reason))
-    wanted = [n for n in submissions[0]["request"]["backends"] if n != LAST_RESORT]
+    wanted = [n for n in dict.fromkeys(submissions[0]["request"]["backends"]) if n != LAST_RESORT]
     if wanted or submissions[0]["request"]["backends"]:
         order = [n for n in wanted if n in usable]
         refused.extend(

@@ -86,7 +86,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """Hash of everything above."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+        everything = [self.to_json(), [s.to_json() for s in self.specs], self.numerics]
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, collective: Collective, op: ReduceOp | None, dtype: str) -> list[Route]:
         """The routes of one (collective, op, dtype), by size."""
@@ -112,15 +113,18 @@ class Plan:
         what = f"{kind}({', '.join([*parts, name, f'{nbytes} bytes'])}) in {self.key}"
         return Explanation(what, chosen, tuple(others))
 
-    def unsupported(self, who: str, collective: Collective, op: str | None, dtype: str) -> UnsupportedOperation:
+    def unsupported(
+        self, who: str, collective: Collective, op: str | None, dtype: str, nbytes: int | None = None
+    ) -> UnsupportedOperation:
         """The error for a call that no route serves, with the reason of each backend."""
         specs = {s.name: s for s in self.specs}
         reduction = ReduceOp(op) if op in ReduceOp._value2member_map_ else None
         if op is not None and reduction is None:
             return UnsupportedOperation(f"{who} {collective}: wanted op {', '.join(map(str, ReduceOp))}, found {op!r}")
-        reasons = [f"{n}: {self._why_not(specs[n], collective, reduction, dtype, 0)}" for n in self.backends]
+        reasons = [f"{n}: {self._why_not(specs[n], collective, reduction, dtype, nbytes or 0)}" for n in self.backends]
+        size = "" if nbytes is None else f"{nbytes} bytes of "
         return UnsupportedOperation(
-            f"{who} {collective} of {dtype}{'' if reduction is None else f' with op {reduction}'} is served by no backend "
+            f"{who} {collective} of {size}{dtype}{'' if reduction is None else f' with op {reduction}'} is served by no backend "
             f"of this group ({'; '.join(reasons)}): convert the tensor, or install a backend that serves it"
         )
 
@@ -197,7 +201,10 @@ def compile_routes(specs: Sequence[BackendSpec], numerics: str = "any") -> tuple
                         continue
                     if collective is not Collective.BARRIER and spec.dtypes and dtype not in spec.dtypes:
                         continue
-                    taken, free = _take(free, spec.min_bytes, None if spec.max_bytes is None else spec.max_bytes + 1)
+                    low, high = spec.min_bytes, None if spec.max_bytes is None else spec.max_bytes + 1
+                    if collective is Collective.BARRIER:  # has no size
+                        low, high = 0, None
+                    taken, free = _take(free, low, high)
                     routes.extend(Route(collective, op, dtype, low, high, spec.name) for low, high in taken)
     return tuple(sorted(routes, key=lambda r: (str(r.collective), str(r.op), r.dtype, r.low)))
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from commplane.bench import Row, table
 from commplane.bench.report import human_bytes
 from commplane.cli import bench, doctor, main, plugins
-from commplane.cli.bench import parse_size
-from commplane.cli.doctor import DTYPE_ALIASES
+from commplane.cli.parse import DTYPE_ALIASES, parse_size
 
 
 @pytest.mark.parametrize(
