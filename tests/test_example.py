@@ -55,7 +55,7 @@ def test_sharded_embeddings_equal_those_of_one_process(backend: str, world_size:
 
 def test_sentences_of_one_meaning_are_near_each_other() -> None:
     similarity = embed(None) @ embed(None).T
-    assert similarity[0, 1] > 0.6 > 0.3 > similarity[0, 2]
+    assert similarity[0, 1] > 0.5 > 0.3 > similarity[0, 2]
 
 
 @pytest.mark.parametrize(

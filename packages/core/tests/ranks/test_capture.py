@@ -68,7 +68,7 @@ def test_equal_captures_pass_and_the_communicator_goes_on() -> None:
     [
         (
             ([2, 2], [2]),
-            r"rank 0 2, rank 1 1 in all\), first at number 2: rank 0 has all_reduce\(sum torch.float32 8 bytes\); rank 1 has nothing",
+            r"rank 0 2, rank 1 1 in all\), first at number 2: rank 0 has all_reduce\(sum torch.float32 8 bytes\); rank 1 has no",
         ),
         (([], [2]), r"first at number 1: rank 0 has nothing"),
     ],
