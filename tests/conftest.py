@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-
 Commplane = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

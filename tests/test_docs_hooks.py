@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 from commplane import hookspecs
 

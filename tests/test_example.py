@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 
 import commplane
 from commplane.testing import run_processes

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT
+from repository import ROOT
 
 README = (ROOT / "README.md").read_text()
 

@@ -108,7 +108,7 @@ class Communicator:
         try:
             return self._table["all_reduce_", op, tensor.dtype](tensor)  # type: ignore[no-any-return]
         except (PeerError, MismatchError) as error:
-            self._poison(error)
+            self.poison(error)
             raise
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
@@ -116,7 +116,7 @@ class Communicator:
         try:
             return self._table["all_reduce", op, tensor.dtype](tensor)  # type: ignore[no-any-return]
         except (PeerError, MismatchError) as error:
-            self._poison(error)
+            self.poison(error)
             raise
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ class Communicator:
         try:
             return self._table["all_gather", None, tensor.dtype](tensor)  # type: ignore[no-any-return]
         except (PeerError, MismatchError) as error:
-            self._poison(error)
+            self.poison(error)
             raise
 
     def reduce_scatter(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
@@ -139,7 +139,7 @@ class Communicator:
         try:
             return self._table["reduce_scatter", op, tensor.dtype](tensor)  # type: ignore[no-any-return]
         except (PeerError, MismatchError) as error:
-            self._poison(error)
+            self.poison(error)
             raise
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
@@ -149,7 +149,7 @@ class Communicator:
         try:
             return self._table["broadcast", None, tensor.dtype](tensor, src)  # type: ignore[no-any-return]
         except (PeerError, MismatchError) as error:
-            self._poison(error)
+            self.poison(error)
             raise
 
     def barrier(self) -> None:
@@ -157,8 +157,30 @@ class Communicator:
         try:
             self._table["barrier", None, None]()
         except (PeerError, MismatchError) as error:
-            self._poison(error)
+            self.poison(error)
             raise
+
+    def all_reduce_rms_norm(
+        self, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum `tensor` over the ranks, add `residual`, normalise: what stands between two halves of a transformer layer.
+
+        Args:
+            tensor: this rank's partial sums, ``[..., hidden]``.
+            residual: same shape and dtype, equal on all ranks.
+            weight: ``[hidden]``, of the same dtype.
+            eps: added to the mean square.
+
+        Returns:
+            The norm and the new residual, both new tensors: the sum is rounded to the dtype, then the new residual; the norm
+            is computed in float32 from the rounded residual and rounded once (float64 stays float64).
+        """
+        import torch
+
+        total = self.all_reduce(tensor).add_(residual)
+        wide = total.to(torch.promote_types(total.dtype, torch.float32))
+        norm = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
+        return norm.to(total.dtype), total
 
     def _at_least_one_dimension(self, what: str, tensor: torch.Tensor) -> None:
         if tensor.dim() == 0:
@@ -223,26 +245,38 @@ class Communicator:
 
     def _joint(self, what: str, value: Mapping[str, Any], act: Callable[[], T], undo: Callable[[T], None]) -> T:
         """Compare `value` over the ranks, act, vote. On every rank or on none. Collective."""
-        self._usable(what)
+        self.compare(what, value)
         problem, result = None, None
         try:
-            values = self._bootstrap.all_gather(value, what=what, timeout=self._startup_timeout)
-            text = difference(f"the arguments of {what}", dict(zip(self.ranks, values, strict=True)))
-            if text is not None:  # seen alike on every rank, so nothing is out of step
-                raise MismatchError(f"{self.who} {text}")
             try:
                 result = act()
             except Exception as error:  # whatever a plugin raises becomes a vote
                 problem = setback(error)
             reasons = joint_verdict(self._bootstrap, what, problem, 2 * self._startup_timeout)
         except PeerError as error:
-            self._poison(error)
+            self.poison(error)
             raise
         if reasons is not None:
             if problem is None:
                 undo(result)  # type: ignore[arg-type]
             raise CommunicatorError(f"{self.who} {what} failed and was rolled back on all ranks: {reasons}")
         return result  # type: ignore[return-value]
+
+    def compare(self, what: str, value: Mapping[str, Any]) -> None:
+        """Raise on every rank if `value`, a JSON object, is not equal on all of them. Collective, over the control plane.
+
+        Raises:
+            MismatchError: shows what differs; nothing is out of step, so the communicator goes on.
+        """
+        self._usable(what)
+        try:
+            values = self._bootstrap.all_gather(value, what=what, timeout=self._startup_timeout)
+        except PeerError as error:
+            self.poison(error)
+            raise
+        text = difference(f"the arguments of {what}", dict(zip(self.ranks, values, strict=True)))
+        if text is not None:
+            raise MismatchError(f"{self.who} {text}")
 
     def _usable(self, what: str) -> None:
         if self._capturing:
@@ -296,12 +330,12 @@ class Communicator:
                 text = "; ".join(f"rank {r} failed inside the capture: {v['problem']}" for r, v in causes)
                 out = CaptureError(f"{self.who} {text}")
                 # Ranks may have stopped at different operations: what one sends next, another would take for an earlier one.
-                self._poison(out)
+                self.poison(out)
                 return out
             text = _first_difference({r: v["records"] for r, v in zip(self.ranks, votes, strict=True)}) or ""
             if text:
                 out = CaptureError(f"{self.who} {text}")
-                self._poison(out)
+                self.poison(out)
                 return out
             problem = None
             try:
@@ -312,7 +346,7 @@ class Communicator:
             reasons = joint_verdict(self._bootstrap, "registration after capture", problem, 2 * self._startup_timeout)
             return None if reasons is None else CaptureError(f"{self.who} registration after the capture failed: {reasons}")
         except PeerError as missing:
-            self._poison(missing)
+            self.poison(missing)
             return CaptureError(f"{self.who} {missing}")
 
     # End of life.
@@ -321,8 +355,11 @@ class Communicator:
         for name, backend in self._named.items():
             abort_backend(name, [backend])
 
-    def _poison(self, error: CommplaneError) -> None:
-        """Every later call raises at once: the ranks are no longer at the same point."""
+    def poison(self, error: CommplaneError) -> None:
+        """Make every later call raise at once, because the ranks are no longer at the same point. Local, idempotent.
+
+        Peers that wait for this rank are told to stop where the backend can.
+        """
         if self._fault is not None or self._closed:
             return
         self._fault = error

@@ -19,7 +19,7 @@ from commplane.agree import (
     probe_all,
     setback,
 )
-from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, GroupKey, ProbeRequest
+from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, GroupKey, ProbeRequest, SyncSpec
 from commplane.config import Config
 from commplane.errors import (
     AgreementError,
@@ -28,11 +28,13 @@ from commplane.errors import (
     CommplaneWarning,
     CommunicatorError,
     ConfigError,
+    MismatchError,
     SelectionError,
 )
 from commplane.plugins import PluginHost
 from commplane.runtime.communicator import Communicator
 from commplane.runtime.rendezvous import World, find_world
+from commplane.runtime.sync import SyncRound
 from commplane.select import LAST_RESORT, Candidate, Draft, Plan, choose, compile_routes, difference
 
 __all__ = ["Plane", "init"]
@@ -204,6 +206,27 @@ class Plane:
         self._warn_of_refusals(plan, wanted)
         self.plugins.notify("commplane_plan_committed", communicator=out)
         return out
+
+    def sync_round(self, name: str, ranks: Sequence[int] | None = None) -> SyncRound:
+        """A round of votes over `ranks`, with the fields that plugins registered as cache sync. Collective over `ranks`.
+
+        It has a communicator of its own, so its steps never mix with other traffic.
+        """
+        specs = {n: r.spec for n, r in self.plugins.registered(SyncSpec).items() if isinstance(r.spec, SyncSpec)}
+        communicator = self.communicator(f"sync_{name}", ranks, device="cpu", backends=[LAST_RESORT])
+        try:
+            return SyncRound(communicator, specs)
+        except MismatchError:  # on every rank alike
+            communicator.close()
+            raise
+
+    def sync_bootstrap(self, value: Any) -> Any:
+        """One JSON value, such as a bound port, made equal on all ranks by the first plugin that knows how. Collective.
+
+        Core's own rule, used where no plugin has another, is rank 0's value. Slow: over the control plane.
+        """
+        self._open("sync_bootstrap")
+        return self.plugins.sync_bootstrap(self._world, value)
 
     def gather(self, value: Any, *, what: str) -> list[Any]:
         """Every rank's JSON value, by global rank, over the control plane. Collective over all ranks; slow."""
