@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = ["sum", "min", "max", "avg"]
 # Around a vector, a page and the chunk of 4 KiB that the tests set, and far beyond.
 COUNTS = [0, 1, 3, 17, 1023, 1024, 1025, 2049, 50_001]
-SMALL_CHUNKS = {"chunk_bytes": 4096, "slots": 2}
+SMALL_CHUNKS = {"chunk_bytes": 4096}
 
 
 def host(_rank: int = 0) -> PluginHost:
@@ -113,7 +113,7 @@ def test_symmetric_tensors_give_the_same_bits_as_staged_ones(world_size: int) ->
     run(world_size, rank_main)
 
 
-@pytest.mark.parametrize("options", [{"binding": "ctypes"}, {"isa": "baseline"}, {"chunk_bytes": 65536, "slots": 4}])
+@pytest.mark.parametrize("options", [{"binding": "ctypes"}, {"isa": "baseline"}, {"chunk_bytes": 65500}])
 def test_settings_change_the_way_and_not_the_result(options: dict[str, Any]) -> None:
     def rank_main(plane: Plane) -> list[int]:
         tp = plane.communicator("tp")
@@ -204,7 +204,7 @@ def test_prepare_grows_the_staging_and_keeps_symmetric_tensors_alive() -> None:
         late = tp.empty(5000, dtype=torch.float32).fill_(3.0)
         assert tp.all_reduce_(late)[-1].item() == 6.0
 
-    run(2, rank_main, chunk_bytes=65536, slots=4)
+    run(2, rank_main, chunk_bytes=65536)
 
 
 def test_prepare_with_different_arguments_raises_on_all_ranks_and_harms_nothing() -> None:

@@ -196,7 +196,7 @@ def test_one_host_name_with_two_shared_memories_counts_as_two_hosts() -> None:
 
 
 def tiny_shm(store: Any, rank: int, world_size: int) -> dict[str, Any]:
-    with start(store, rank, world_size, custom_ar={"chunk_bytes": 65536, "slots": 4}) as plane:
+    with start(store, rank, world_size, custom_ar={"chunk_bytes": 65536}) as plane:
         tp = plane.communicator("tp")
         out = {"backends": list(tp.plan.backends), "reason": tp.plan.candidates[0].reason}
         if "custom_ar" in tp.plan.backends:

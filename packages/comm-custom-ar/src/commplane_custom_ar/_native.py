@@ -29,7 +29,7 @@ ABI_MAJOR: Final = 1
 LIBRARY_NAME: Final = "libcommplane_car.so"
 FASTCALL_NAME: Final = "_fastcall.abi3.so"
 MAX_WORLD: Final = 64
-DEFAULT_CHUNK_BYTES: Final = 65536
+RING_SLOTS: Final = 4  # chunks of one rank that may be under way at once; kRing of comm.h
 
 DTYPES: Final[dict[str, int]] = {"float32": 1, "float16": 2, "bfloat16": 3}
 OPS: Final[dict[str, int]] = {"sum": 1, "min": 2, "max": 3, "avg": 4}

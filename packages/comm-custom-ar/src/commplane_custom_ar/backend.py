@@ -52,19 +52,15 @@ class CustomAllReduce(CommBackend):
         self._context = context
         _native.set_isa(context.options["isa"])
         self._native = _native.load(context.options["binding"])
-        if context.options["chunk_bytes"] < 4096 or context.options["slots"] < 2:
-            raise ValueError(
-                f"wanted chunk_bytes of 4096 or more and slots of 2 or more, found {context.options['chunk_bytes']} and "
-                f"{context.options['slots']}"
-            )
-        self._build(min(_INITIAL_CHUNK, context.options["chunk_bytes"]))
+        self._largest_chunk = max(4096, -(-context.options["chunk_bytes"] // 64) * 64)
+        self._build(min(_INITIAL_CHUNK, self._largest_chunk))
         assert self._comm is not None
         self._heap = SymmetricHeap(context, self._comm)
 
     def _build(self, chunk: int) -> None:
         """A segment and a communicator with staging for chunks of `chunk` bytes, in place of the present ones. Collective."""
         context = self._context
-        staging = chunk * context.options["slots"]
+        staging = chunk * _native.RING_SLOTS
         layout = _native.layout(context.world_size, staging)
         segment = map_together(context.bootstrap, "staging", layout.total, layout.offsets[context.rank], layout.part_bytes)
         try:
@@ -88,14 +84,14 @@ class CustomAllReduce(CommBackend):
     def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
         """Grow the staging to what the largest message needs, up to the setting ``chunk_bytes``. Collective."""
         sizes = [r.max_bytes for r in requirements if r.collective is Collective.ALL_REDUCE and r.dtype in DTYPES]
-        wanted = min(max(sizes, default=0), self._context.options["chunk_bytes"])
+        wanted = min(max(sizes, default=0), self._largest_chunk)
         chunk = self._chunk
         while chunk < wanted:
-            chunk = min(chunk * 2, self._context.options["chunk_bytes"])
+            chunk = min(chunk * 2, self._largest_chunk)
         if chunk == self._chunk:
             return []
         self._build(chunk)
-        return [StagingWorkspace(chunk * self._context.options["slots"])]
+        return [StagingWorkspace(chunk * _native.RING_SLOTS)]
 
     def close(self) -> None:
         """Unmap. The memory goes when the last rank has unmapped it; symmetric tensors keep theirs."""
@@ -149,8 +145,8 @@ class CustomAllReduce(CommBackend):
 
         def all_reduce_(tensor: torch.Tensor) -> torch.Tensor:
             if not (tensor.is_cpu and tensor.is_contiguous()):
-                dense = dense_of(tensor)
-                return tensor.copy_(all_reduce_(dense))
+                tensor.detach().copy_(all_reduce_(dense_of(tensor)))
+                return tensor
             pointer = tensor.data_ptr()
             status = native(handle, pointer, pointer, tensor.numel(), dtype_code, op_code)
             if status:
@@ -160,7 +156,7 @@ class CustomAllReduce(CommBackend):
         def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
             if not (tensor.is_cpu and tensor.is_contiguous()):
                 return all_reduce_(dense_of(tensor))
-            out = empty_like(tensor)
+            out = empty_like(tensor)  # never requires grad: collectives happen outside of autograd
             status = native(handle, tensor.data_ptr(), out.data_ptr(), tensor.numel(), dtype_code, op_code)
             if status:
                 raise fail(status)
@@ -172,7 +168,7 @@ class CustomAllReduce(CommBackend):
         """A contiguous copy of a CPU tensor."""
         if not tensor.is_cpu:
             raise UnsupportedOperation(f"{self._context.who} wanted a tensor on cpu, found one on {tensor.device}")
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
 
     def _error(self, status: int) -> CommunicatorError:
         """The native status as an exception, with ranks as global ranks."""

@@ -31,9 +31,8 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
             options={
                 # Bytes that a rank copies in before it raises its flag. 64 KiB stays in L2 on both sides and was the fastest
                 # of 16 KiB to 1 MiB for messages from 256 KiB up.
+                # Rounded up to a multiple of 64, and to 4096 at least.
                 "chunk_bytes": 65536,
-                # Chunks of one rank that may be under way at once.
-                "slots": 4,
                 # Vector code to use: auto, baseline, avx2 or avx512. For tests and comparisons.
                 "isa": "auto",
                 # How Python calls the native library: auto, abi3 or ctypes; abi3 costs a tenth, ctypes works everywhere.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-
-from commplane.api import Bootstrap
+from commplane.api import Bootstrap, owned_name
 from commplane_custom_ar._native import Segment
 
 __all__ = ["map_together"]
@@ -24,7 +22,7 @@ def map_together(bootstrap: Bootstrap, what: str, nbytes: int, own_offset: int, 
     try:
         if bootstrap.rank == 0:
             # The name is known before the file exists, so there is no moment at which a file could be left unnamed here.
-            name = f"/commplane-car-{secrets.token_hex(8)}"
+            name = f"/{owned_name('car')}"
             Segment.create(name, nbytes)
         name = bootstrap.broadcast(name, what=f"{what}: name of the segment")
         segment = Segment.map(name, nbytes, own_offset, own_nbytes)

@@ -50,7 +50,11 @@ class SymmetricHeap:
         # Counted on every rank alike, whatever each of them has released since: peers compare the number in every call.
         self._count = self._count % _MAX_ID + 1
         region = Region(segment, stride, nbytes, self._count)
-        self._register(region)
+        try:
+            self._register(region)
+        except BaseException:
+            segment.close()
+            raise
         self._regions.add(region)
         buffer = (ctypes.c_char * nbytes).from_address(segment.base + rank * stride)
         # torch holds the buffer object for as long as any tensor views its storage.

@@ -72,7 +72,10 @@ def commplane_register_comm_backends() -> list[BackendSpec]:  # type: ignore[emp
 
 @hookspec
 def commplane_register_cache_sync() -> list[SyncSpec]:  # type: ignore[empty-body]
-    """Declare numbers that are agreed in every sync round of a group. Local; equal on all ranks, which is checked."""
+    """Declare numbers that are agreed in every sync round of a group. Local.
+
+    Must be equal on all ranks, which `Plane.sync_round` checks.
+    """
 
 
 @hookspec

@@ -1,147 +1,138 @@
-"""The proof that two ranks share memory, on the real shared-memory file system."""
+"""The proof that two ranks share memory, and who may remove a name, on the real shared-memory file system."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from commplane.agree.shared_memory import SHM_DIRECTORY, SHM_PREFIX, ProofSegment, sweep
+from commplane.agree.shared_memory import ProofSegment, maps
+from commplane.api import owned_name, sweep
+from commplane.api.shm import SHM_DIRECTORY
 
 pytestmark = pytest.mark.skipif(not SHM_DIRECTORY.is_dir(), reason="the system has no shared-memory file system")
 
-HOUR_S = 3600
+DAY_S = 24 * 3600
 
 
-@pytest.fixture
-def nonce() -> Iterator[str]:
-    """A name nobody else uses; whatever a failed test leaves under it is removed."""
-    value = secrets.token_hex(8)
-    yield value
-    for path in names(value):
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Whatever this process names, it removes; and a failed test does not spoil the next."""
+    yield
+    left = [p for p in SHM_DIRECTORY.glob("commplane-*") if f"-{os.getpid()}-" in p.name]
+    for path in left:
         path.unlink()
 
 
-def names(nonce: str) -> list[Path]:
-    return sorted(SHM_DIRECTORY.glob(f"*{nonce}*"))
-
-
-def test_a_rank_maps_its_own_segment(nonce: str) -> None:
-    proof = ProofSegment(nonce, 0)
-    assert proof.maps(0, proof.digest)
-
-
-def test_a_rank_maps_the_segment_of_a_peer(nonce: str) -> None:
-    one, other = ProofSegment(nonce, 0), ProofSegment(nonce, 1)
-    assert one.digest != other.digest
-    assert one.maps(1, other.digest) and other.maps(0, one.digest)
-
-
-def test_a_digest_that_is_not_of_the_token_in_the_segment_is_refused(nonce: str) -> None:
-    one, other = ProofSegment(nonce, 0), ProofSegment(nonce, 1)
-    assert not one.maps(1, one.digest)
-    assert not one.maps(1, hashlib.sha256(b"guess").hexdigest())
-    assert one.maps(1, other.digest)
-
-
-def test_a_rank_without_shared_memory_has_no_digest_to_map(nonce: str) -> None:
-    proof = ProofSegment(nonce, 0)
-    assert not proof.maps(0, None)
-
-
-def test_a_segment_of_another_exchange_is_not_found(nonce: str) -> None:
-    proof = ProofSegment(nonce, 0)
-    elsewhere = ProofSegment(f"{nonce}x", 1)
-    assert not elsewhere.maps(0, proof.digest)
-
-
-def test_a_file_too_short_to_map_is_refused(nonce: str) -> None:
-    one, other = ProofSegment(nonce, 0), ProofSegment(nonce, 1)
-    (path,) = [p for p in names(nonce) if p.name.endswith("-1")]
-    os.truncate(path, 0)
-    assert not one.maps(1, other.digest)
-
-
-def test_a_name_that_is_taken_is_left_alone_and_shared_with_nobody(nonce: str) -> None:
-    first = ProofSegment(nonce, 0)
-    second = ProofSegment(nonce, 0)
-    assert second.digest is None
-    assert first.maps(0, first.digest)
-
-
-def test_only_this_user_may_open_a_segment(nonce: str) -> None:
-    ProofSegment(nonce, 0)
-    (path,) = names(nonce)
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_unlink_leaves_the_file_system_as_it_was(nonce: str) -> None:
-    assert names(nonce) == []
-    proof = ProofSegment(nonce, 0)
-    assert [p.name for p in names(nonce)] == [f"{SHM_PREFIX}proof-{nonce}-0"]
-    proof.unlink([0])
-    assert names(nonce) == []
-
-
-def test_unlink_removes_the_names_it_is_given_and_no_others(nonce: str) -> None:
-    segments = [ProofSegment(nonce, r) for r in range(4)]
-    segments[0].unlink([1, 3])
-    assert [p.name[-1] for p in names(nonce)] == ["0", "2"]
-
-
-def test_a_survivor_can_remove_the_names_of_all_also_when_some_are_gone(nonce: str) -> None:
-    segments = [ProofSegment(nonce, r) for r in range(3)]
-    segments[1].unlink([1])
-    segments[0].unlink(range(3))
-    segments[0].unlink(range(3))
-    assert names(nonce) == []
-
-
-def test_a_segment_that_was_unlinked_is_not_mapped_by_anyone_who_comes_later(nonce: str) -> None:
-    one, other = ProofSegment(nonce, 0), ProofSegment(nonce, 1)
-    other.unlink([1])
-    assert not one.maps(1, other.digest)
-
-
-def left_behind(nonce: str, prefix: str, age_s: float) -> Path:
-    path = SHM_DIRECTORY / f"{prefix}{nonce}-{age_s:g}"
+def made(name: str, age_s: float = 0.0) -> Path:
+    """A file in shared memory, as old as said."""
+    path = SHM_DIRECTORY / name
     path.write_bytes(b"x")
     then = time.time() - age_s
     os.utime(path, (then, then))
     return path
 
 
-def test_sweep_removes_old_names_of_ours(nonce: str) -> None:
-    old = left_behind(nonce, SHM_PREFIX, 25 * HOUR_S)
+def test_a_rank_maps_its_own_segment_and_that_of_a_peer() -> None:
+    one, other = ProofSegment(), ProofSegment()
+    assert one.name != other.name and one.digest != other.digest
+    assert maps(one.name, one.digest) and maps(other.name, other.digest)
+
+
+def test_a_digest_that_is_not_of_the_token_in_the_segment_is_refused() -> None:
+    one, other = ProofSegment(), ProofSegment()
+    assert not maps(one.name, other.digest)
+    assert not maps(one.name, hashlib.sha256(b"guess").hexdigest())
+
+
+def test_a_rank_without_shared_memory_shares_it_with_nobody() -> None:
+    assert not maps(None, ProofSegment().digest)
+
+
+def test_a_segment_that_was_removed_is_not_found() -> None:
+    one = ProofSegment()
+    name = one.name
+    one.unlink()
+    one.unlink()
+    assert one.name is None and not maps(name, one.digest)
+
+
+def test_a_file_too_short_to_map_is_refused() -> None:
+    one = ProofSegment()
+    os.truncate(SHM_DIRECTORY / str(one.name), 0)
+    assert not maps(one.name, one.digest)
+
+
+@pytest.mark.parametrize("name", ["../etc/passwd", "/etc/passwd", "a/b"])
+def test_a_peer_cannot_make_us_open_a_file_elsewhere(name: str) -> None:
+    assert not maps(name, ProofSegment().digest)
+
+
+def test_only_this_user_may_open_a_segment() -> None:
+    path = SHM_DIRECTORY / str(ProofSegment().name)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_name_says_whose_it_is() -> None:
+    name = owned_name("proof")
+    assert name.startswith("commplane-proof-") and f"-{os.getpid()}-" in name
+    assert owned_name("proof") != name
+
+
+def test_sweep_removes_names_of_processes_that_have_ended_at_once() -> None:
+    code = (
+        "import os, signal\n"
+        "from commplane.agree.shared_memory import ProofSegment\n"
+        "print(ProofSegment().name, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    path = SHM_DIRECTORY / killed.stdout.strip()
+    assert path.exists(), "a killed process leaves its name: that is what sweep is for"
     sweep()
-    assert not old.exists()
+    assert not path.exists()
 
 
-def test_sweep_never_removes_a_young_name(nonce: str) -> None:
-    proof = ProofSegment(nonce, 0)
-    minutes = left_behind(nonce, SHM_PREFIX, 600)
+def test_sweep_leaves_names_of_living_processes_however_old() -> None:
+    path = made(owned_name("proof"), age_s=400 * DAY_S)
     sweep()
-    assert minutes.exists()
-    assert proof.maps(0, proof.digest)
+    assert path.exists()
 
 
-def test_sweep_never_removes_a_name_of_somebody_else(nonce: str) -> None:
-    theirs = left_behind(nonce, "notcommplane-", 25 * HOUR_S)
+def test_sweep_removes_a_name_whose_pid_was_given_to_another_process() -> None:
+    kind, namespace, pid, start, token = owned_name("proof").removeprefix("commplane-").rsplit("-", 4)
+    path = made(f"commplane-{kind}-{namespace}-{pid}-{int(start) + 1}-{token}")
     sweep()
-    assert theirs.exists()
+    assert not path.exists(), "the pid is in use again, but not by the process that made the name"
 
 
-def test_sweep_passes_by_what_it_cannot_remove(nonce: str) -> None:
-    folder = SHM_DIRECTORY / f"{SHM_PREFIX}{nonce}"
+@pytest.mark.parametrize(("age_s", "stays"), [(0.0, True), (0.9 * DAY_S, True), (1.1 * DAY_S, False)])
+def test_owners_that_cannot_be_looked_up_keep_their_names_for_a_day(age_s: float, stays: bool) -> None:
+    path = made(f"commplane-proof-1-{os.getpid()}-1-aaaa", age_s)
+    sweep()
+    assert path.exists() == stays
+
+
+@pytest.mark.parametrize("name", ["commplane-notes-{pid}-x", "commplane-proof-a-{pid}-b-c", "other-proof-1-{pid}-1-aaaa"])
+def test_sweep_leaves_what_is_not_named_like_ours(name: str) -> None:
+    path = made(name.format(pid=os.getpid()), age_s=400 * DAY_S)
+    sweep()
+    assert path.exists()
+    path.unlink()
+
+
+def test_sweep_leaves_a_folder_in_its_way_and_goes_on() -> None:
+    folder = SHM_DIRECTORY / f"commplane-proof-1-{os.getpid()}-1-folder"
     folder.mkdir()
+    os.utime(folder, (0, 0))
+    old = made(f"commplane-proof-1-{os.getpid()}-1-later", age_s=2 * DAY_S)
     try:
-        os.utime(folder, (0, 0))
-        old = left_behind(nonce, SHM_PREFIX, 25 * HOUR_S)
         sweep()
         assert folder.is_dir() and not old.exists()
     finally:

@@ -174,3 +174,56 @@ def test_plugins_are_told_of_captures_and_faults() -> None:
     good(run(rank_main, plugins=plugins))
     assert observers[0].seen == ["begin", "end", "begin", "fault CaptureError", "end with CaptureError"]
     assert observers[1].seen == ["begin", "end", "begin", "fault CaptureError", "end with ValueError"]
+
+
+def test_a_poisoned_communicator_refuses_a_capture_and_leaves_the_others_usable() -> None:
+    def rank_main(plane: Plane) -> float:
+        good_one, bad_one = plane.communicator("good"), plane.communicator("bad")
+        bad_one.poison(errors.PeerError("lost", [1]))
+        with pytest.raises(errors.PeerError, match="poisoned"), plane.capture():
+            pass
+        good_one.prepare("all_reduce", max_bytes=8)
+        return good_one.all_reduce(torch.ones(1)).item()
+
+    assert good(run(rank_main)) == [2.0, 2.0]
+
+
+def test_a_policy_that_raises_on_one_rank_is_heard_by_the_others_at_once() -> None:
+    class Policy:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        @faulty.hookimpl
+        def commplane_select_backend(self, request: Any, candidates: Any) -> None:
+            if self.rank == 1:
+                raise RuntimeError("no opinion")
+
+    def plugins(rank: int) -> PluginHost:
+        host = capturing_host(rank)
+        host.register(Policy(rank), "policy")
+        return host
+
+    def rank_main(plane: Plane) -> None:
+        plane.communicator("tp")
+
+    said = run_threads(2, rank_main, plugins=plugins, config=lambda _rank: {"timeout": 30}, timeout=25)
+    assert isinstance(said[0], errors.AgreementError) and "rank 1: RuntimeError: no opinion" in str(said[0])
+    assert isinstance(said[1], RuntimeError)
+
+
+def test_a_policy_that_answers_differently_on_the_ranks_is_an_error_on_all() -> None:
+    class Policy:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        @faulty.hookimpl
+        def commplane_select_backend(self, request: Any, candidates: Any) -> list[str]:
+            return [[], ["faulty", "faulty"]][self.rank]
+
+    def plugins(rank: int) -> PluginHost:
+        host = capturing_host(rank)
+        host.register(Policy(rank), "policy")
+        return host
+
+    said = run_threads(2, lambda plane: plane.communicator("tp"), plugins=plugins, config=lambda _rank: {"timeout": 5})
+    assert [type(s).__name__ for s in said] == ["AgreementError"] * 2, said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_a_backend_that_fails_on_one_rank_is_left_out_on_all(stage: str, how: st
     assert said[0] == said[1]
     assert said[0]["backends"] == ["torch"]
     assert said[0]["state"] == state
-    assert words in said[0]["reason"] and "rank 1" in said[0]["reason"]
+    assert words in said[0]["reason"] and re.search(r"ranks? (0, )?1", said[0]["reason"])
     assert said[0]["value"] == [3.0, 3.0, 3.0]
 
 

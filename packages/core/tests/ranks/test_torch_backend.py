@@ -121,7 +121,7 @@ def test_unsupported_calls_name_the_reason_of_each_backend() -> None:
         tp = plane.communicator("tp")
         with pytest.raises(errors.UnsupportedOperation, match=r"\[tp rank \d/2\] all_reduce of complex64 .*torch: serves"):
             tp.all_reduce(torch.zeros(2, dtype=torch.complex64))
-        with pytest.raises(errors.UnsupportedOperation, match="op avg wants a floating-point tensor, found"):
+        with pytest.raises(errors.UnsupportedOperation, match="op avg wants a floating-point dtype, found int32"):
             tp.all_reduce(torch.zeros(2, dtype=torch.int32), "avg")
         with pytest.raises(errors.UnsupportedOperation, match="wanted a tensor on cpu, found one on meta"):
             tp.all_reduce(torch.zeros(2, device="meta"))
@@ -183,5 +183,29 @@ def test_impossible_rank_lists_are_refused_before_anybody_waits(ranks: list[int]
         if plane.rank == 0:
             with pytest.raises(errors.ConfigError, match=words):
                 plane.communicator("tp", ranks)
+
+    run(2, rank_main)
+
+
+def test_collectives_are_outside_of_autograd() -> None:
+    def rank_main(plane: Plane) -> None:
+        tp = plane.communicator("tp")
+        x = torch.ones(4, 2, requires_grad=True)
+        for out in (tp.all_reduce(x), tp.all_gather(x), tp.reduce_scatter(x), tp.all_reduce(x.t())):
+            assert not out.requires_grad
+        assert tp.all_reduce_(x) is x
+        assert x.sum().item() == 16.0
+
+    run(2, rank_main)
+
+
+def test_words_that_are_no_collective_are_refused() -> None:
+    def rank_main(plane: Plane) -> None:
+        tp = plane.communicator("tp")
+        with pytest.raises(errors.UnsupportedOperation, match="prepare wants one of all_reduce.*found 'all_reduced'"):
+            tp.prepare("all_reduced", max_bytes=1)
+        with pytest.raises(errors.UnsupportedOperation, match="explain wants one of"):
+            tp.plan.explain("all_reduced")
+        assert tp.plan.explain(op="avg", dtype="int64").chosen is None
 
     run(2, rank_main)

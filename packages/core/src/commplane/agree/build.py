@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from commplane.agree.bootstrap import PeerFailed, StoreBootstrap
-from commplane.agree.bounded import Abandoned, call_bounded
+from commplane.agree.bounded import Abandoned, Stalled, call_bounded
 from commplane.api import BackendSpec, BuildContext, CommBackend
 from commplane.errors import AgreementError, CommplaneError, CommplaneWarning, PeerError
 from commplane.select import Candidate, difference
@@ -117,8 +117,10 @@ def build_backend(
         except Exception as error:  # whatever a plugin raises becomes a vote
             running = isinstance(error, Abandoned)
             problem = setback(error.__cause__ if running and isinstance(error.__cause__, Exception) else error)
-            # Peers inside a round or a wait of this attempt need not sit out its deadline.
-            attempt.fail(problem.text)
+            # A cause ends the attempt of the other ranks at once. Who only waited in vain leaves the word to the rank that
+            # was waited for: its own deadline is as near.
+            if not problem.derived and not isinstance(error, Stalled):
+                attempt.fail(problem.text)
             abort_backend(spec.name, holder)
         # A step is bounded by `seconds` on each rank, so a rank may come to the vote that much later than another.
         reasons = joint_verdict(votes, f"{state} of {spec.name}", problem, 2 * seconds + 1, digest)

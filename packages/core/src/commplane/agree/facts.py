@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import secrets
 import shutil
 import socket
 import sys
@@ -14,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from commplane.agree.bootstrap import StoreBootstrap
-from commplane.agree.shared_memory import SHM_DIRECTORY, ProofSegment, sweep
+from commplane.agree.shared_memory import ProofSegment, maps
 from commplane.api import Facts, RankFacts
 from commplane.api.facts import process_start
+from commplane.api.shm import SHM_DIRECTORY, sweep
 
 __all__ = ["exchange_facts", "observe"]
 
@@ -83,19 +83,16 @@ def exchange_facts(bootstrap: StoreBootstrap, host_alias: str) -> Facts:
     """
     sweep()
     mine = observe(bootstrap.rank)
-    hello = bootstrap.all_gather({"facts": mine.to_json(), "alias": host_alias, "nonce": secrets.token_hex(8)}, what="facts")
+    hello = bootstrap.all_gather({"facts": mine.to_json(), "alias": host_alias}, what="facts")
     aliases: Sequence[str] = [h["alias"] for h in hello]
-    proof = ProofSegment(hello[0]["nonce"], bootstrap.rank)
+    proof = ProofSegment()
     try:
-        digests = bootstrap.all_gather(proof.digest, what="shared-memory proof")
-        domain = next(
-            (r for r, d in enumerate(digests) if aliases[r] == host_alias and proof.maps(r, d)),
-            None,
-        )
+        segments = bootstrap.all_gather([proof.name, proof.digest], what="shared-memory proof")
+        domain = next((r for r, s in enumerate(segments) if aliases[r] == host_alias and maps(*s)), None)
         domains = bootstrap.all_gather(domain, what="shared-memory proof, answers")
     except BaseException:
-        # A peer is gone, perhaps before it could remove its name; every name is known, so any survivor can.
-        proof.unlink(range(bootstrap.world_size))
+        sweep()  # a peer may have been killed before it could remove its name
         raise
-    proof.unlink([bootstrap.rank])
+    finally:
+        proof.unlink()
     return Facts(replace(RankFacts.from_json(h["facts"]), shm_domain=d) for h, d in zip(hello, domains, strict=True))

@@ -34,6 +34,7 @@ def probe_all(
             "dist": f"{registered.dist or registered.plugin} {registered.version}",
             "usable": isinstance(verdict, Usable),
             "reason": verdict.reason if isinstance(verdict, Unusable) else "",
+            "facts": {key: str(value) for key, value in verdict.facts.items()} if isinstance(verdict, Usable) else {},
         }
     return out
 

@@ -9,75 +9,61 @@ import hashlib
 import mmap
 import os
 import secrets
-import time
-from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["SHM_PREFIX", "ProofSegment", "sweep"]
+from commplane.api.shm import SHM_DIRECTORY, owned_name
 
-SHM_DIRECTORY = Path("/dev/shm")
-SHM_PREFIX = "commplane-"
+__all__ = ["ProofSegment", "maps"]
+
 _TOKEN_BYTES = 32
-# Names live for one exchange, so one of this age was left by a job that was killed in the middle of it.
-_STALE_AFTER_S = 3600.0
-
-
-def _path(nonce: str, rank: int) -> Path:
-    return SHM_DIRECTORY / f"{SHM_PREFIX}proof-{nonce}-{rank}"
 
 
 class ProofSegment:
-    """This rank's segment. `digest` is published; only who maps the same memory can find the token that gives it."""
+    """This rank's segment.
 
-    def __init__(self, nonce: str, rank: int) -> None:
-        self._nonce = nonce
-        self._rank = rank
+    Attributes:
+        name: what peers open; None if this rank has no shared memory, or none to spare.
+        digest: what they must find; only who maps the same memory can read the token that gives it.
+    """
+
+    def __init__(self) -> None:
         token = secrets.token_bytes(_TOKEN_BYTES)
-        self.digest: str | None = None
+        self.name: str | None = owned_name("proof")
+        self.digest = hashlib.sha256(token).hexdigest()
+        path = SHM_DIRECTORY / self.name
         try:
-            fd = os.open(_path(nonce, rank), os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError:  # no shared-memory file system, or no right to use it: this rank shares memory with nobody
+            self.name = None
             return
         try:
             os.posix_fallocate(fd, 0, mmap.PAGESIZE)
             with mmap.mmap(fd, mmap.PAGESIZE) as memory:
                 memory[:_TOKEN_BYTES] = token
-            self.digest = hashlib.sha256(token).hexdigest()
         except OSError:  # full: not even one page is to be had
-            self.unlink([rank])
+            self.unlink()
         finally:
             os.close(fd)
 
-    def maps(self, rank: int, digest: str | None) -> bool:
-        """Whether this process can map the segment of `rank` and finds the token that `digest` belongs to."""
-        if digest is None:
-            return False
-        try:
-            fd = os.open(_path(self._nonce, rank), os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            with mmap.mmap(fd, mmap.PAGESIZE) as memory:
-                return hashlib.sha256(memory[:_TOKEN_BYTES]).hexdigest() == digest
-        except (OSError, ValueError):
-            return False
-        finally:
-            os.close(fd)
-
-    def unlink(self, ranks: Iterable[int]) -> None:
-        """Remove the names of `ranks`: its own after the exchange, everyone's when the exchange failed."""
-        for rank in ranks:
-            _path(self._nonce, rank).unlink(missing_ok=True)
+    def unlink(self) -> None:
+        """Remove the name. Idempotent."""
+        if self.name is not None:
+            (SHM_DIRECTORY / self.name).unlink(missing_ok=True)
+            self.name = None
 
 
-def sweep() -> None:
-    """Remove names of ours that a killed job left. Local; only this user's, and only old ones."""
-    if not SHM_DIRECTORY.is_dir():
-        return
-    for path in SHM_DIRECTORY.glob(f"{SHM_PREFIX}*"):
-        try:
-            status = path.stat()
-            if status.st_uid == os.getuid() and time.time() - status.st_mtime > _STALE_AFTER_S:
-                path.unlink()
-        except OSError:  # gone already, or not ours to remove
-            continue
+def maps(name: str | None, digest: str) -> bool:
+    """Whether this process can map the segment `name` of another and finds the token that `digest` belongs to."""
+    if name is None or Path(name).name != name:
+        return False
+    try:
+        fd = os.open(SHM_DIRECTORY / name, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        with mmap.mmap(fd, mmap.PAGESIZE) as memory:
+            return hashlib.sha256(memory[:_TOKEN_BYTES]).hexdigest() == digest
+    except (OSError, ValueError):
+        return False
+    finally:
+        os.close(fd)

@@ -10,6 +10,7 @@ from commplane.api.bootstrap import Bootstrap, Deadline
 from commplane.api.facts import Facts, RankFacts
 from commplane.api.group import GroupKey
 from commplane.api.markers import hookimpl
+from commplane.api.shm import owned_name, sweep
 from commplane.api.spec import BackendSpec, PageStoreSpec, Spec, SyncField, SyncSpec, TransferSpec
 from commplane.api.types import Capability, Collective, Numerics, ReduceOp, Vote
 from commplane.api.verdict import Unusable, Usable, Verdict
@@ -45,4 +46,6 @@ __all__ = [
     "Vote",
     "Workspace",
     "hookimpl",
+    "owned_name",
+    "sweep",
 ]

@@ -106,7 +106,7 @@ class CommBackend(ABC):
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """Reduce into a new tensor. Collective. The input is left as it was."""
-        return self.all_reduce_(tensor.clone(), op)
+        return self.all_reduce_(tensor.detach().clone(), op)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """All ranks' tensors concatenated along dimension 0 in group order. Collective; shapes are equal on all ranks."""

@@ -46,18 +46,18 @@ class TorchDistributed(CommBackend):
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """Any layout; a copy is made where it is not contiguous."""
         self._check(tensor, op)
-        dense = tensor.contiguous()
+        dense = tensor.detach().contiguous()
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
         self._wait("all_reduce", lambda: self._pg.allreduce([dense], options))
         if op is ReduceOp.AVG:
             dense.div_(self._context.world_size)
-        return tensor if dense is tensor else tensor.copy_(dense)
+        return _into(tensor, dense)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenate along dimension 0."""
         self._check(tensor)
-        dense = tensor.contiguous()
+        dense = tensor.detach().contiguous()
         shape = (self._context.world_size * dense.shape[0], *dense.shape[1:])
         out = torch.empty(shape, dtype=dense.dtype, device=dense.device)
         if out.numel():
@@ -71,7 +71,7 @@ class TorchDistributed(CommBackend):
         rows = tensor.shape[0] // n
         if not self._context.device.startswith("cuda"):
             # Gloo's own reduce-scatter exists only in newer releases; this costs n times the bytes and is always right.
-            return self.all_reduce_(tensor.clone(), op)[rank * rows : (rank + 1) * rows].clone()
+            return self.all_reduce(tensor, op)[rank * rows : (rank + 1) * rows].clone()
         out = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
         options = dist.ReduceScatterOptions()
         options.reduceOp = _OPS[op]
@@ -82,13 +82,13 @@ class TorchDistributed(CommBackend):
     def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """In place from group rank `src`."""
         self._check(tensor)
-        dense = tensor.contiguous()
+        dense = tensor.detach().contiguous()
         options = dist.BroadcastOptions()
         options.rootRank = src
         options.rootTensor = 0
         if dense.numel():
             self._wait("broadcast", lambda: self._pg.broadcast([dense], options))
-        return tensor if dense is tensor else tensor.copy_(dense)
+        return _into(tensor, dense)
 
     def barrier(self) -> None:
         """Through the process group's own barrier."""
@@ -125,6 +125,13 @@ class TorchDistributed(CommBackend):
                 ) from error
             names = ", ".join(map(str, missing)) or f"unknown (one of {', '.join(map(str, peers))})"
             raise PeerError(f"{self._context.who} {what}: lost ranks: {names}: {text}", missing) from error
+
+
+def _into(tensor: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """`tensor`, holding what `dense` holds; collectives happen outside of autograd."""
+    if dense.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(dense)
+    return tensor
 
 
 def _process_group(context: BuildContext) -> Any:

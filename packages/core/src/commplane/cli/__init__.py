@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 it failed (the reason is on standard error), 2 wrong usage
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -37,3 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch.leave_outcome(1, str(error))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -26,9 +26,14 @@ def add_commands(commands: Any) -> None:
     """Define ``run``."""
     run = commands.add_parser("run", help="start a script on several ranks of this machine (through torchrun)")
     run.add_argument("--ranks", type=positive, default=2, metavar="N", help="number of ranks (default 2)")
-    run.add_argument("script", help="a Python file, or -m and a module")
+    run.add_argument("-m", dest="module", action="store_true", help="the script is a module, as in python -m")
+    run.add_argument("script", help="a Python file, or with -m a module")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
-    run.set_defaults(call=lambda options: torchrun(options.ranks, [options.script, *options.arguments]))
+    run.set_defaults(call=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    return torchrun(options.ranks, [*(["-m"] if options.module else []), options.script, *options.arguments])
 
 
 def add_ranks_option(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +81,7 @@ def leave_outcome(code: int, error: str) -> int:
 
 
 def torchrun(ranks: int, arguments: Sequence[str], extra: Mapping[str, str] | None = None) -> int:
-    """Run a Python script, or ``-m module``, on `ranks` ranks of this machine; the exit code of the first that failed."""
+    """Run a Python script, or ``-m module``, on `ranks` ranks of this machine; torchrun's exit code, 0 if all went well."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("starting ranks wants torch, which is not installed: pip install commplane[torch]")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

@@ -197,6 +197,8 @@ class Communicator:
             MismatchError: the ranks declared different things.
             CommunicatorError: some rank could not build; all ranks then close what they built in this call.
         """
+        if collective not in Collective._value2member_map_:
+            raise UnsupportedOperation(f"{self.who} prepare wants one of {', '.join(Collective)}, found {collective!r}")
         need = Requirement(Collective(collective), str(dtype).removeprefix("torch."), int(max_bytes))
         if need.max_bytes < 0:
             raise UnsupportedOperation(f"{self.who} prepare wants max_bytes of 0 or more, found {max_bytes}")
@@ -268,7 +270,7 @@ class Communicator:
         Raises:
             MismatchError: shows what differs; nothing is out of step, so the communicator goes on.
         """
-        self._usable(what)
+        self.check_usable(what)
         try:
             values = self._bootstrap.all_gather(value, what=what, timeout=self._startup_timeout)
         except PeerError as error:
@@ -278,7 +280,8 @@ class Communicator:
         if text is not None:
             raise MismatchError(f"{self.who} {text}")
 
-    def _usable(self, what: str) -> None:
+    def check_usable(self, what: str) -> None:
+        """Raise what every call raises if this communicator is closed or poisoned, or a capture is open. Local."""
         if self._capturing:
             raise CaptureError(f"{self.who} {what} inside a capture: do it before, a capture may only hold collectives")
         if isinstance(self._table, DeadTable):
@@ -295,8 +298,6 @@ class Communicator:
         return [self._named[s.name] for s in self.plan.specs if Capability.CAPTURE in s.capabilities]
 
     def _capture_begin(self) -> None:
-        if self._fault is not None or self._closed:
-            self._usable("capture")
         self._capturing = True
         self._host.notify("commplane_capture_begin", communicator=self)
         if self.captures:

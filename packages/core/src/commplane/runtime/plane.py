@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from commplane.agree import (
@@ -186,11 +187,12 @@ class Plane:
         with self._activity.forming(key):
             try:
                 self.plugins.require(wanted)
-            except CommplaneError as error:
-                bootstrap.fail(str(error))
+                draft = self._agree(key, wanted, bootstrap)
+                plan, built = self._build(key, where, draft, bootstrap, who)
+            except Exception as error:
+                # If it happened on this rank alone, the others are told in the round that they wait in.
+                bootstrap.fail(setback(error).text)
                 raise
-            draft = self._agree(key, wanted, bootstrap)
-            plan, built = self._build(key, where, draft, bootstrap, who)
         out = Communicator(
             key,
             bootstrap.rank,
@@ -258,13 +260,14 @@ class Plane:
         answer = self.plugins.select_backend(request, draft.order)
         if answer is None:
             return draft
-        kept = [n for n in answer if n in draft.order and n != LAST_RESORT]
+        kept = [n for n in dict.fromkeys(answer) if n in draft.order and n != LAST_RESORT]
         dropped = [
             Candidate(n, submissions[0]["backends"][n]["dist"], "policy", "left out by commplane_select_backend")
             for n in draft.order
             if n not in kept and n != LAST_RESORT
         ]
-        return Draft((*kept, *(n for n in draft.order if n == LAST_RESORT)), (*draft.refused, *dropped))
+        last = [n for n in draft.order if n == LAST_RESORT]
+        return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts)
 
     def _build(
         self, key: GroupKey, device: str, draft: Draft, bootstrap: StoreBootstrap, who: str
@@ -303,7 +306,7 @@ class Plane:
 
                 dist = f"{entry.dist or entry.plugin} {entry.version}"
                 result = build_backend(spec, dist, make, context, attempt, bootstrap, digest, check)
-                outcomes.append(result.candidate)
+                outcomes.append(replace(result.candidate, facts=draft.facts[name]))
                 if result.backend is not None:
                     built[name] = result.backend
             specs = tuple(registered[n].spec for n in draft.order if n in built)
@@ -350,13 +353,15 @@ class Plane:
         self._open("capture")
         if self._guard.active:
             raise CaptureError("a capture inside a capture: end the first one before")
-        entered = []
         for c in self.communicators:
-            c._capture_begin()
-            entered.append(c)
+            c.check_usable("capture")
+        entered: list[Communicator] = []
         self._guard.active = True
         failure: BaseException | None = None
         try:
+            for c in self.communicators:
+                entered.append(c)
+                c._capture_begin()
             yield
         except BaseException as error:  # every rank must come to the votes, also this one
             failure = error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from commplane.api import BackendSpec, GroupKey
@@ -21,6 +21,7 @@ class Draft:
 
     order: tuple[str, ...]
     refused: tuple[Candidate, ...]
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def static_refusal(spec: BackendSpec, key: GroupKey) -> str | None:
@@ -103,7 +104,20 @@ def choose(key: GroupKey, submissions: Sequence[Mapping[str, Any]]) -> Draft:
         order = sorted((n for n in usable if n != LAST_RESORT), key=lambda n: (-usable[n]["spec"]["priority"], n))
     if LAST_RESORT in usable:
         order.append(LAST_RESORT)
-    return Draft(tuple(order), tuple(refused))
+    facts = {n: _merge_facts({r: s["backends"][n].get("facts", {}) for r, s in by_rank.items()}) for n in order}
+    return Draft(tuple(order), tuple(refused), facts)
+
+
+def _merge_facts(by_rank: Mapping[int, Mapping[str, str]]) -> dict[str, str]:
+    """One text for each fact; where the ranks differ, what each found."""
+    out = {}
+    for name in sorted({name for facts in by_rank.values() for name in facts}):
+        values = {rank: facts.get(name, "unknown") for rank, facts in by_rank.items()}
+        if len(set(values.values())) == 1:
+            out[name] = next(iter(values.values()))
+        else:
+            out[name] = "; ".join(f"rank {rank}: {value}" for rank, value in values.items())
+    return out
 
 
 def _refusal(name: str, entries: Mapping[int, Mapping[str, Any] | None]) -> str | None:

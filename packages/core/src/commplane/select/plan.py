@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from commplane.api import BackendSpec, Collective, GroupKey, Numerics, ReduceOp
@@ -25,12 +25,14 @@ class Candidate:
         dist: the distribution it came from, with version.
         state: ``"ready"``, or the step at which it was left out: ``"probe"``, ``"policy"``, ``"build"``, ``"canary"``.
         reason: why it was left out; empty when ready. Equal on every rank.
+        facts: what the probes found, as text, where all ranks found the same; else each rank's.
     """
 
     name: str
     dist: str
     state: str
     reason: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def ready(self) -> bool:
@@ -97,6 +99,10 @@ class Plan:
 
     def explain(self, collective: str = "all_reduce", *, nbytes: int = 0, dtype: Any = "float32", op: str = "sum") -> Explanation:
         """What runs for a message of `nbytes`, and why each other backend does not. Local, equal on every rank."""
+        if collective not in Collective._value2member_map_ or op not in ReduceOp._value2member_map_:
+            raise UnsupportedOperation(
+                f"explain wants one of {', '.join(Collective)} with op {', '.join(ReduceOp)}, found {collective!r} with {op!r}"
+            )
         kind = Collective(collective)
         name = str(dtype).removeprefix("torch.")
         reduction = ReduceOp(op) if kind.reduces else None
@@ -150,6 +156,8 @@ class Plan:
             return f"does not declare {collective}"
         if op is not None and not _in_class(spec, self.numerics):
             return "does not add in rank order, which the setting numerics=rank_order demands"
+        if op is ReduceOp.AVG and not _has_mean(dtype):
+            return f"op avg wants a floating-point dtype, found {dtype}: use sum and divide"
         if op is not None and op not in spec.ops:
             return f"serves op {', '.join(sorted(map(str, spec.ops)))}, not {op}"
         if spec.dtypes and collective is not Collective.BARRIER and dtype not in spec.dtypes:
@@ -164,18 +172,27 @@ class Plan:
         """A JSON object that is equal on every rank."""
         return {
             "group": {"ranks": list(self.key.ranks), "device": self.key.device, "purpose": self.key.purpose},
-            "candidates": [{"name": c.name, "dist": c.dist, "state": c.state, "reason": c.reason} for c in self.candidates],
+            "candidates": [
+                {"name": c.name, "dist": c.dist, "state": c.state, "reason": c.reason, "facts": dict(c.facts)}
+                for c in self.candidates
+            ],
             "routes": [[str(r.collective), r.op and str(r.op), r.dtype, r.low, r.high, r.backend] for r in self.routes],
         }
 
     def __str__(self) -> str:
         lines = [f"plan {self.digest} of {self.key}"]
         for c in self.candidates:
-            detail = "ready" if c.ready else f"left out at {c.state}: {c.reason}"
+            found = ", ".join(f"{key}={value}" for key, value in c.facts.items())
+            detail = f"ready{found and f' ({found})'}" if c.ready else f"left out at {c.state}: {c.reason}"
             lines.append(f"  {c.name:<12} {c.dist:<28} {detail}")
         for collective in Collective:
             lines.extend(f"  {line}" for line in self._describe(collective))
         return "\n".join(lines)
+
+
+def _has_mean(dtype: str) -> bool:
+    """A mean of integers is no integer; torch refuses it too."""
+    return not dtype.startswith(("int", "uint", "bool"))
 
 
 def _in_class(spec: BackendSpec, numerics: str) -> bool:
@@ -200,6 +217,8 @@ def compile_routes(specs: Sequence[BackendSpec], numerics: str = "any") -> tuple
                     if op is not None and (op not in spec.ops or not _in_class(spec, numerics)):
                         continue
                     if collective is not Collective.BARRIER and spec.dtypes and dtype not in spec.dtypes:
+                        continue
+                    if op is ReduceOp.AVG and not _has_mean(dtype):
                         continue
                     low, high = spec.min_bytes, None if spec.max_bytes is None else spec.max_bytes + 1
                     if collective is Collective.BARRIER:  # has no size
