@@ -52,7 +52,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Mypy, strict, over the packages, the tools and the example."""
-    install(session, *group("type"), *group("test"), *group("model"), "pluggy>=1.5", "importlib-metadata>=6", "packaging>=23")
+    install(session, *group("type"), *group("test"), *group("demo"), "pluggy>=1.5", "importlib-metadata>=6", "packaging>=23")
     session.run("mypy", *(str(p.folder / "src") for p in PACKAGES))
     session.run("mypy", "tools", "noxfile.py", "examples/embed")
 

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from commplane.testing import shm_leftovers
+
 Commplane = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(autouse=True)
 def shared_memory_is_left_as_it_was() -> Iterator[None]:
     """No test leaves a name behind."""
-    before = set(os.listdir("/dev/shm"))
+    before = shm_leftovers()
     yield
-    left = {n for n in os.listdir("/dev/shm") if n.startswith("commplane")} - before
+    left = shm_leftovers() - before
     assert not left, f"left in /dev/shm: {left}"
 
 

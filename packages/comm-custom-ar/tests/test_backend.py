@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from commplane import errors
 from commplane.runtime import Communicator, Plane
-from commplane.testing import PluginHost, run_threads
+from commplane.testing import PluginHost, run_threads, shm_leftovers
 from commplane_custom_ar import plugin
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,9 +38,9 @@ def run(world_size: int, function: Callable[[Plane], Any], **options: Any) -> li
 
 @pytest.fixture(autouse=True)
 def shared_memory_is_left_as_it_was() -> Iterator[None]:
-    before = set(os.listdir("/dev/shm"))
+    before = shm_leftovers()
     yield
-    assert {n for n in os.listdir("/dev/shm") if n.startswith(("commplane-car", "commplane-proof"))} <= before
+    assert shm_leftovers() <= before
 
 
 def inputs(world_size: int, count: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 
 import commplane
 from commplane import errors
-from commplane.testing import Outcome, PluginHost, run_processes
+from commplane.testing import Outcome, PluginHost, run_processes, shm_leftovers
 from commplane_custom_ar import plugin
 
 TIMEOUT_S = 3.0
@@ -39,15 +39,11 @@ def results(outcomes: Sequence[Outcome]) -> list[Any]:
     return [o.result for o in outcomes]
 
 
-def our_names() -> set[str]:
-    return {n for n in os.listdir("/dev/shm") if n.startswith(("commplane-car", "commplane-proof"))}
-
-
 @pytest.fixture(autouse=True)
 def shared_memory_is_left_as_it_was() -> Iterator[None]:
-    before = our_names()
+    before = shm_leftovers()
     yield
-    assert our_names() <= before
+    assert shm_leftovers() <= before
 
 
 def names_are_gone_while_in_use(store: Any, rank: int, world_size: int) -> list[str]:
@@ -56,11 +52,11 @@ def names_are_gone_while_in_use(store: Any, rank: int, world_size: int) -> list[
         buffer = tp.empty(100_000, dtype=torch.float32).fill_(1.0)
         tp.all_reduce_(buffer)
         tp.barrier()
-        return sorted(our_names())
+        return sorted(shm_leftovers())
 
 
 def test_no_name_exists_while_a_communicator_is_in_use() -> None:
-    before = our_names()
+    before = shm_leftovers()
     for names in results(run_processes(2, names_are_gone_while_in_use)):
         assert set(names) <= before
 

@@ -7,14 +7,13 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from commplane.bench import Row, table
 from commplane.bench.report import human_bytes
 from commplane.cli import bench, doctor, main, plugins
-from commplane.cli.parse import DTYPE_ALIASES, parse_size
+from commplane.cli.parse import parse_size
 
 
 @pytest.mark.parametrize(
@@ -63,12 +62,6 @@ def test_bytes_are_shown_in_the_largest_unit_that_divides_them(nbytes: int, text
 @given(st.integers(0, 1 << 40))
 def test_what_is_shown_reads_back_as_the_same_size(nbytes: int) -> None:
     assert parse_size(human_bytes(nbytes)) == nbytes
-
-
-@pytest.mark.parametrize(("alias", "name"), DTYPE_ALIASES.items())
-def test_every_dtype_alias_stands_for_a_dtype_of_torch(alias: str, name: str) -> None:
-    assert isinstance(getattr(torch, name), torch.dtype)
-    assert alias != name
 
 
 def parse(*arguments: str) -> argparse.Namespace:

@@ -225,7 +225,7 @@ def test_explain_of_a_call_that_nobody_serves_says_so() -> None:
 
 
 def test_explain_takes_a_torch_dtype_and_leaves_out_the_op_of_what_does_not_reduce() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="the dtype of a torch that is not installed here")
     answer = plan_of([backend(capabilities={"broadcast"})]).explain("broadcast", nbytes=8, dtype=torch.float32)
     assert (answer.chosen, answer.question.partition(" in ")[0]) == ("mine", "broadcast(float32, 8 bytes)")
 

@@ -15,7 +15,7 @@ import torch
 
 import commplane
 from commplane import errors
-from commplane.testing import Outcome, run_processes
+from commplane.testing import Outcome, run_processes, shm_leftovers
 
 # Long enough for a loaded two-core machine, short enough to sit out.
 TIMEOUT_S = 4.0
@@ -23,9 +23,9 @@ TIMEOUT_S = 4.0
 
 @pytest.fixture(autouse=True)
 def shared_memory_is_left_as_it_was() -> Any:
-    before = set(os.listdir("/dev/shm"))
+    before = shm_leftovers()
     yield
-    assert {n for n in os.listdir("/dev/shm") if n.startswith("commplane-proof")} <= before
+    assert shm_leftovers() <= before
 
 
 def results(outcomes: list[Outcome]) -> list[Any]:

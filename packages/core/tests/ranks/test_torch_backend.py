@@ -202,7 +202,7 @@ def test_collectives_are_outside_of_autograd() -> None:
 def test_words_that_are_no_collective_are_refused() -> None:
     def rank_main(plane: Plane) -> None:
         tp = plane.communicator("tp")
-        with pytest.raises(errors.UnsupportedOperation, match="prepare wants one of all_reduce.*found 'all_reduced'"):
+        with pytest.raises(errors.UnsupportedOperation, match=r"prepare wants one of all_reduce.*found 'all_reduced'"):
             tp.prepare("all_reduced", max_bytes=1)
         with pytest.raises(errors.UnsupportedOperation, match="explain wants one of"):
             tp.plan.explain("all_reduced")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from commplane.api.facts import process_start
 
-__all__ = ["SHM_DIRECTORY", "owned_name", "sweep"]
+__all__ = ["SHM_DIRECTORY", "Owner", "owned_name", "owner", "sweep"]
 
 SHM_DIRECTORY = Path("/dev/shm")
 _PREFIX = "commplane"
@@ -34,24 +35,37 @@ def owned_name(kind: str) -> str:
     return f"{_PREFIX}-{kind}-{_pid_namespace()}-{pid}-{process_start(pid) or 0}-{secrets.token_hex(8)}"
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Who made a name. `gone`: whether that process is known to have ended; `here`: whether it can be looked up from here."""
+
+    pid: int
+    here: bool
+    gone: bool
+
+
+def owner(name: str) -> Owner | None:
+    """The owner of a name, or None if it is not one of ours. Local."""
+    parts = name.split("-")
+    if len(parts) != 6 or parts[0] != _PREFIX or not all(part.isdigit() for part in parts[2:5]):
+        return None
+    namespace, pid, start = map(int, parts[2:5])
+    here = namespace == _pid_namespace()
+    return Owner(pid, here, here and process_start(pid) != start)
+
+
 def sweep() -> None:
     """Remove this user's names whose process has ended. Local."""
     if not SHM_DIRECTORY.is_dir():
         return
-    namespace = _pid_namespace()
-    for path in SHM_DIRECTORY.glob(f"{_PREFIX}-*-*-*-*-*"):
-        _kind, owner_namespace, pid, start, _token = path.name.removeprefix(f"{_PREFIX}-").rsplit("-", 4)
-        if not (owner_namespace.isdigit() and pid.isdigit() and start.isdigit()):
+    for path in SHM_DIRECTORY.glob(f"{_PREFIX}-*"):
+        who = owner(path.name)
+        if who is None:
             continue
         try:
             status = path.stat()
-            if status.st_uid != os.getuid():
-                continue
-            if int(owner_namespace) == namespace:
-                gone = process_start(int(pid)) != int(start)
-            else:
-                gone = time.time() - status.st_mtime > _STALE_AFTER_S
-            if gone:
+            expired = not who.here and time.time() - status.st_mtime > _STALE_AFTER_S
+            if status.st_uid == os.getuid() and (who.gone or expired):
                 path.unlink(missing_ok=True)
         except OSError:  # gone meanwhile
             continue

@@ -6,7 +6,8 @@ Needs torch; no pytest.
 from __future__ import annotations
 
 from commplane.plugins import PluginHost
+from commplane.testing.leftovers import shm_leftovers
 from commplane.testing.processes import Outcome, run_processes
 from commplane.testing.threads import run_threads
 
-__all__ = ["Outcome", "PluginHost", "run_processes", "run_threads"]
+__all__ = ["Outcome", "PluginHost", "run_processes", "run_threads", "shm_leftovers"]
