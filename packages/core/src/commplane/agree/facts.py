@@ -37,10 +37,14 @@ def _memory_limit() -> int | None:
 
 def _devices() -> tuple[str, ...]:
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        # Names are read from an existing context only: observing must not create one in a process that forks later.
+    if torch is None:
         return ()
-    return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    # Counting goes through the management library. Names would create a context, which a process that forks later must not
+    # have: they are told where there is one already.
+    count = torch.cuda.device_count()
+    if torch.cuda.is_initialized():
+        return tuple(torch.cuda.get_device_name(i) for i in range(count))
+    return tuple(f"cuda:{i}" for i in range(count))
 
 
 def _cores() -> tuple[int, ...]:

@@ -35,7 +35,7 @@ class RankFacts:
         shm_free: bytes free in the shared-memory file system at the start, or None.
         memory_limit: bytes this process may use (the smaller of the cgroup limit and the machine), or None.
         cores: cores this process may run on (its affinity mask).
-        devices: accelerator names that torch reports, empty on a CPU machine.
+        devices: accelerators that torch sees: their names if it has used them already, else ``cuda:0`` and so on.
         machine: instruction set of the machine, such as ``x86_64``.
         python: Python's version.
         torch: torch's version, or None when torch was not imported yet.

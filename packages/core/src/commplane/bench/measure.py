@@ -125,8 +125,9 @@ def _measure_one(plane: Plane, cases: Sequence[Case], dtype: str, nbytes: int, r
         if comm.plan.explain(nbytes=count * kind.itemsize, dtype=dtype).chosen != case.backend:
             continue
         comm.prepare("all_reduce", dtype=kind, max_bytes=count * kind.itemsize)
-        make = comm.empty if case.mode == "symmetric" else torch.empty
-        live.append((case, make(count, dtype=kind).zero_()))  # zeros stay zeros, however often they are summed
+        symmetric = case.mode == "symmetric"
+        tensor = comm.empty(count, dtype=kind) if symmetric else torch.empty(count, dtype=kind, device=comm.device)
+        live.append((case, tensor.zero_()))  # zeros stay zeros, however often they are summed
     if not live:
         raise UnsupportedOperation(f"bench: no backend reduces {dtype}")
     calls = [_calls_per_turn(case, tensor, plane) for case, tensor in live]
@@ -168,13 +169,23 @@ def _calls_per_turn(case: Case, tensor: torch.Tensor, plane: Plane) -> int:
 
 
 def _turn(case: Case, tensor: torch.Tensor, calls: int) -> list[float]:
-    """`calls` timed calls after a barrier, in microseconds each."""
-    all_reduce_, clock = case.communicator.all_reduce_, time.perf_counter_ns
+    """`calls` timed calls after a barrier, in microseconds each. On a GPU a call is timed until its result is there."""
+    call: Callable[[torch.Tensor], object] = case.communicator.all_reduce_
+    clock = time.perf_counter_ns
+    if tensor.is_cuda:
+        import torch
+
+        launch, wait = call, torch.cuda.synchronize
+
+        def call(tensor: torch.Tensor) -> None:
+            launch(tensor)
+            wait(tensor.device)
+
     stamps = [0] * (calls + 1)
     case.communicator.barrier()
     stamps[0] = clock()
     for i in range(1, calls + 1):
-        all_reduce_(tensor)
+        call(tensor)
         stamps[i] = clock()
     return [(b - a) / 1000 for a, b in pairwise(stamps)]
 

@@ -41,6 +41,7 @@ class Communicator:
     Attributes:
         key: identity of the group.
         rank: group rank of this process.
+        device: where its tensors are, such as ``"cpu"`` or ``"cuda:0"``.
         world_size: number of ranks.
         ranks: global ranks in group order.
         plan: what runs and why; equal on every rank.
@@ -50,6 +51,7 @@ class Communicator:
         self,
         key: GroupKey,
         rank: int,
+        device: str,
         plan: Plan,
         backends: Mapping[str, CommBackend],
         bootstrap: StoreBootstrap,
@@ -60,6 +62,7 @@ class Communicator:
     ) -> None:
         self.key = key
         self.rank = rank
+        self.device = device
         self.world_size = len(key.ranks)
         self.ranks = key.ranks
         self.plan = plan
@@ -240,7 +243,7 @@ class Communicator:
 
         def allocate() -> torch.Tensor:
             if backend is None:
-                return torch.empty(sizes, dtype=kind, device=self.key.device)
+                return torch.empty(sizes, dtype=kind, device=self.device)
             return backend.empty(sizes, kind)
 
         return self._joint("empty", {"shape": list(sizes), "dtype": name}, allocate, lambda _tensor: None)

@@ -196,6 +196,7 @@ class Plane:
         out = Communicator(
             key,
             bootstrap.rank,
+            where,
             plan,
             built,
             bootstrap,

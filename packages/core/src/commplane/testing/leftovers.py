@@ -16,5 +16,5 @@ def shm_leftovers() -> set[str]:
     """
     if not SHM_DIRECTORY.is_dir():
         return set()
-    found = {name: owner(name) for name in os.listdir(SHM_DIRECTORY)}
+    found = {name: owner(name) for name in (path.name for path in SHM_DIRECTORY.iterdir())}
     return {name for name, who in found.items() if who is not None and (who.pid == os.getpid() or who.gone)}
