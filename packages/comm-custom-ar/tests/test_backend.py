@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from commplane import errors
+from commplane import errors, hookimpl
 from commplane.runtime import Communicator, Plane
 from commplane.testing import PluginHost, run_threads, shm_leftovers
-from commplane_custom_ar import plugin
+from commplane_custom_ar import _native, plugin
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = ["sum", "min", "max", "avg"]
@@ -251,3 +252,102 @@ def test_a_group_of_one_rank_runs_on_torch() -> None:
         assert alone.all_reduce(torch.tensor([5.0])).item() == 5.0
 
     run(2, rank_main)
+
+
+class CannotBuild:
+    """A plugin of the site whose workspace fails on rank 1, after custom_ar has built its own."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    @hookimpl
+    def commplane_init_workspace(self, communicator: Communicator, requirements: Any) -> list[Any]:
+        if self.rank == 1:
+            raise MemoryError("nothing left")
+        return []
+
+
+def test_a_prepare_that_is_rolled_back_leaves_everything_as_it_was() -> None:
+    def plugins(rank: int) -> PluginHost:
+        made = host()
+        made.register(CannotBuild(rank), "zz_site")
+        return made
+
+    def rank_main(plane: Plane) -> None:
+        tp = plane.communicator("tp")
+        x = tp.empty(1000, dtype=torch.float32)
+        for _ in range(2):
+            with pytest.raises(errors.CommunicatorError, match="rolled back on all ranks: rank 1: MemoryError: nothing left"):
+                tp.prepare("all_reduce", dtype=torch.float32, max_bytes=1 << 20)
+            assert tp.all_reduce_(x.fill_(1.0))[0].item() == 2.0
+            assert tp.all_reduce(torch.ones(9999))[-1].item() == 2.0
+
+    out = run_threads(2, rank_main, plugins=plugins, config=lambda _rank: {"timeout": 30}, timeout=60)
+    assert out == [None, None], out
+
+
+def test_one_rank_that_cannot_map_fails_the_call_on_all_at_once_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _native.Segment.map
+    failed: list[str] = []
+
+    def fails_once(*args: Any) -> Any:
+        if armed and threading.current_thread().name == "rank 1" and not failed:
+            failed.append("once")
+            raise OSError("no more descriptors")
+        return real(*args)
+
+    armed: list[bool] = []
+    monkeypatch.setattr(_native.Segment, "map", staticmethod(fails_once))
+
+    def rank_main(plane: Plane) -> float:
+        tp = plane.communicator("tp")
+        tp.barrier()
+        armed.append(True)
+        with pytest.raises(errors.CommunicatorError, match="rank 1: OSError: no more descriptors"):
+            tp.empty(100, dtype=torch.float32)
+        return tp.all_reduce_(tp.empty(100, dtype=torch.float32).fill_(1.0))[0].item()
+
+    # A deadline that the test would not survive: nobody may sit it out.
+    out = run_threads(2, rank_main, plugins=lambda _rank: host(), config=lambda _rank: {"timeout": 300}, timeout=60)
+    assert out == [2.0, 2.0], out
+
+
+def test_impossible_shapes_are_refused_before_anybody_waits() -> None:
+    def rank_main(plane: Plane) -> None:
+        tp = plane.communicator("tp")
+        for shape in [(-1,), (2.5,), ("x",)]:
+            with pytest.raises(errors.UnsupportedOperation, match="empty wants"):
+                tp.empty(*shape)
+        assert tp.empty(torch.tensor(3), 2).shape == (3, 2)
+
+    run(2, rank_main)
+
+
+def test_layouts_that_hold_no_plain_numbers_are_refused_or_resolved() -> None:
+    def rank_main(plane: Plane) -> None:
+        tp = plane.communicator("tp")
+        with pytest.raises(errors.UnsupportedOperation, match="wanted a dense tensor"):
+            tp.all_reduce(torch.eye(3).to_sparse())
+        negative = torch.tensor([3.0 + 4.0j], dtype=torch.complex64).conj().imag
+        assert negative.is_neg() and tp.all_reduce(negative).item() == -8.0
+        assert tp.all_reduce(torch.ones(1)).item() == 2.0
+
+    run(2, rank_main)
+
+
+def test_a_failed_capture_reaches_ranks_that_wait_in_any_communicator() -> None:
+    def rank_main(plane: Plane) -> str:
+        plane.communicator("a")
+        b = plane.communicator("b")
+        try:
+            with plane.capture():
+                if plane.rank == 1:
+                    raise ValueError("out of luck")
+                b.all_reduce(torch.ones(3))
+        except (ValueError, errors.CommplaneError) as error:
+            return str(error)
+        return ""
+
+    # Rank 0 waits in b while rank 1 leaves: not for the deadline, which is longer than the test.
+    out = run_threads(2, rank_main, plugins=lambda _rank: host(), config=lambda _rank: {"timeout": 300}, timeout=60)
+    assert out[1] == "out of luck" and "rank 1 gave up" in str(out[0]), out

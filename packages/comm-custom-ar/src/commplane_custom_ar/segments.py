@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from commplane.api import Bootstrap, owned_name
+from commplane.api import Bootstrap, owned_name, sweep
 from commplane_custom_ar._native import Segment
 
 __all__ = ["map_together"]
@@ -37,4 +37,5 @@ def map_together(bootstrap: Bootstrap, what: str, nbytes: int, own_offset: int, 
     except BaseException:
         if name:
             Segment.unlink(name)
+        sweep()  # the leader may have been killed before anybody knew the name
         raise

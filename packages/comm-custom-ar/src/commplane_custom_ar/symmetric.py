@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from commplane.api import BuildContext
-from commplane_custom_ar._native import Comm, Segment
+from commplane_custom_ar._native import EBUSY, Comm, NativeError, Segment
 from commplane_custom_ar.segments import map_together
 
 __all__ = ["Region", "SymmetricHeap"]
@@ -37,10 +37,12 @@ class SymmetricHeap:
         self._context = context
         self._comm: Comm | None = comm
         self._regions: set[Region] = set()
+        self._pending: list[Region] = []
         self._count = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor. Collective; same shape and dtype on every rank."""
+        self._release_pending()
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes == 0:
             return torch.empty(tuple(shape), dtype=dtype)
@@ -57,8 +59,8 @@ class SymmetricHeap:
             raise
         self._regions.add(region)
         buffer = (ctypes.c_char * nbytes).from_address(segment.base + rank * stride)
-        # torch holds the buffer object for as long as any tensor views its storage.
-        weakref.finalize(buffer, self._release, region)
+        # torch holds the buffer object for as long as any tensor views its storage. Not at exit: tensors may live on then.
+        weakref.finalize(buffer, self._release, region).atexit = False
         return torch.frombuffer(buffer, dtype=dtype).reshape(tuple(shape))
 
     def move_to(self, comm: Comm) -> None:
@@ -66,17 +68,31 @@ class SymmetricHeap:
         self._comm = comm
         for region in self._regions:
             self._register(region)
+        self._release_pending()
 
     def detach(self) -> None:
         """The communicator is gone; tensors keep their memory until they go too. Local."""
         self._comm = None
+        self._release_pending()
 
     def _register(self, region: Region) -> None:
         assert self._comm is not None
         self._comm.register_symmetric(region.segment.base, region.stride, region.nbytes, region.id)
 
     def _release(self, region: Region) -> None:
-        if self._comm is not None:
-            self._comm.unregister_symmetric(region.id)
+        """The last tensor of `region` is gone. Called by the garbage collector, in any thread and at any point."""
+        try:
+            if self._comm is not None:
+                self._comm.unregister_symmetric(region.id)
+        except NativeError as error:
+            if error.status != EBUSY:
+                raise
+            self._pending.append(region)  # another thread is in a call; a later step of ours will find it free
+            return
         self._regions.discard(region)
         region.segment.close()
+
+    def _release_pending(self) -> None:
+        pending, self._pending = self._pending, []
+        for region in pending:
+            self._release(region)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from torch.distributed import HashStore
 
-from commplane.agree import Activity, CaptureGuard
+from commplane.agree import Activity, BoundedStore, CaptureGuard, Forming
 from commplane.api import GroupKey
 from commplane.errors import CaptureError
 
@@ -15,8 +17,17 @@ def group(purpose: str, ranks: list[int], device: str = "cpu") -> GroupKey:
 
 
 def ranks(count: int) -> list[Activity]:
-    store = HashStore()
-    return [Activity(store, r) for r in range(count)]
+    store = BoundedStore(HashStore(), 10)
+    return [Activity(store, r, "notes") for r in range(count)]
+
+
+def attempt(key: GroupKey, instance: int = 1) -> Forming:
+    return Forming(key, instance, f"decision of {key} {instance}")
+
+
+def never(_key: str) -> int:
+    """This rank has not begun to form anything."""
+    return 0
 
 
 def test_the_guard_refuses_only_while_a_capture_is_open() -> None:
@@ -51,77 +62,61 @@ def test_a_later_note_replaces_an_earlier_one() -> None:
 
 def test_peers_that_form_the_same_group_are_no_conflict() -> None:
     me, peer = ranks(2)
-    with me.forming(group("tp", [0, 1])), peer.forming(group("tp", [0, 1])):
-        assert me.conflict(group("tp", [0, 1]), [1]) is None
-        assert peer.conflict(group("tp", [0, 1]), [0]) is None
+    tp = group("tp", [0, 1])
+    with me.forming(attempt(tp)), peer.forming(attempt(tp)):
+        assert me.conflict(tp, [1], lambda _key: 1) is None
+        assert peer.conflict(tp, [0], lambda _key: 1) is None
 
 
-def test_a_peer_that_forms_another_name_with_us_is_a_conflict_that_shows_both() -> None:
-    me, peer = ranks(2)
-    with me.forming(group("tp", [0, 1])), peer.forming(group("pp", [0, 1])):
-        text = me.conflict(group("tp", [0, 1]), [1])
+@pytest.mark.parametrize(
+    "theirs", [group("pp", [0, 1, 2]), group("tp", [1, 0, 2]), group("tp", [0, 1]), group("tp", [0, 1, 2], "cuda")], ids=str
+)
+def test_a_peer_that_waits_for_us_in_a_group_that_we_have_not_begun_is_a_conflict_that_shows_both(theirs: GroupKey) -> None:
+    me, peer, _third = ranks(3)
+    mine = group("tp", [0, 1, 2])
+    with peer.forming(attempt(theirs)):
+        text = me.conflict(mine, [1, 2], never)
     assert text == (
-        "rank 0 forms communicator 'tp' over [0, 1] on cpu, rank 1 forms 'pp' over [0, 1] on cpu: "
+        f"rank 0 forms communicator {mine}, rank 1 forms {theirs}: "
         "every rank must create the same communicators in the same order"
     )
 
 
-@pytest.mark.parametrize("theirs", [[0, 1], [1, 0, 2], [0, 2, 1]])
-def test_a_peer_that_forms_another_list_with_us_is_a_conflict(theirs: list[int]) -> None:
-    me, peer, _third = ranks(3)
-    with peer.forming(group("tp", theirs)):
-        text = me.conflict(group("tp", [0, 1, 2]), [1, 2])
-    assert text is not None and str(theirs) in text and "[0, 1, 2]" in text
+def test_the_peer_is_told_where_its_own_first_round_is_decided() -> None:
+    store = BoundedStore(HashStore(), 10)
+    me, peer = Activity(store, 0, "notes"), Activity(store, 1, "notes")
+    theirs = attempt(group("pp", [0, 1]))
+    with peer.forming(theirs):
+        text = me.conflict(group("tp", [0, 1]), [1], never)
+    assert json.loads(store.get(theirs.decision)) == {"conflict": text}
 
 
-def test_the_conflict_reads_alike_from_both_sides() -> None:
+def test_a_group_that_we_have_begun_too_is_no_conflict_even_if_the_peer_has_not_come_out_of_it() -> None:
+    """The peer is descheduled between the last round and the note that says so."""
     me, peer = ranks(2)
-    with me.forming(group("tp", [0, 1])), peer.forming(group("pp", [0, 1])):
-        mine, theirs = me.conflict(group("tp", [0, 1]), [1]), peer.conflict(group("pp", [0, 1]), [0])
-    assert mine is not None and theirs is not None
-    assert all("'tp'" in text and "'pp'" in text for text in (mine, theirs))
+    theirs = group("a", [0, 1])
+    with peer.forming(attempt(theirs, instance=2)):
+        assert me.conflict(group("b", [0, 1]), [1], {str(theirs): 2}.__getitem__) is None
+        assert me.conflict(group("b", [0, 1]), [1], {str(theirs): 1}.__getitem__) is not None
 
 
-def test_a_peer_that_is_not_forming_may_still_come() -> None:
+def test_a_peer_whose_attempt_failed_may_still_come() -> None:
     me, peer = ranks(2)
-    peer.say("starts up")
-    assert me.conflict(group("tp", [0, 1]), [1]) is None
+    with pytest.raises(RuntimeError), peer.forming(attempt(group("pp", [0, 1]))):
+        raise RuntimeError("no")
+    assert me.conflict(group("tp", [0, 1]), [1], never) is None
+    note = me.read(1)
+    assert note is not None and note["text"].startswith("failed to form communicator 'pp'")
 
 
-def test_a_peer_without_a_note_may_still_come() -> None:
-    assert ranks(2)[0].conflict(group("tp", [0, 1]), [1]) is None
-
-
-def test_a_peer_that_formed_its_group_and_went_on_may_still_come() -> None:
-    me, peer = ranks(2)
-    with peer.forming(group("pp", [0, 1])):
-        pass
-    assert me.conflict(group("tp", [0, 1]), [1]) is None
-
-
-def test_a_peer_that_forms_a_group_without_us_will_come_when_it_is_done() -> None:
-    me, peer, _third = ranks(3)
-    with peer.forming(group("pp", [1, 2])):
-        assert me.conflict(group("tp", [0, 1]), [1]) is None
+def test_peers_without_a_note_or_in_groups_without_us_may_still_come() -> None:
+    me, peer, third = ranks(3)
+    peer.say("is up")
+    with third.forming(attempt(group("pp", [1, 2]))):
+        assert me.conflict(group("tp", [0, 1, 2]), [1, 2], never) is None
 
 
 def test_only_the_ranks_that_are_waited_for_are_asked() -> None:
     me, peer, _third = ranks(3)
-    with peer.forming(group("pp", [0, 1])):
-        assert me.conflict(group("tp", [0, 1, 2]), [2]) is None
-        assert me.conflict(group("tp", [0, 1, 2]), [2, 1]) is not None
-
-
-def test_the_note_stays_when_forming_fails_so_that_others_can_read_the_difference() -> None:
-    me, peer = ranks(2)
-    with pytest.raises(RuntimeError), peer.forming(group("pp", [0, 1])):
-        raise RuntimeError
-    text = me.conflict(group("tp", [0, 1]), [1])
-    assert text is not None and "'pp'" in text
-
-
-def test_a_peer_that_forms_the_same_group_on_another_device_is_a_conflict() -> None:
-    me, peer = ranks(2)
-    with peer.forming(group("tp", [0, 1], "cuda")):
-        text = me.conflict(group("tp", [0, 1], "cpu"), [1])
-    assert text is not None and "on cpu" in text and "on cuda" in text
+    with peer.forming(attempt(group("pp", [0, 1]))):
+        assert me.conflict(group("tp", [0, 1, 2]), [2], never) is None

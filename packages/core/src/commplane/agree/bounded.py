@@ -67,12 +67,14 @@ def call_bounded(
     threading.Thread(target=run, name=f"commplane {what}", daemon=True).start()
     deadline = time.monotonic() + seconds
     reason: Exception | None = None
-    while not done.wait(max(0.0, min(_LOOK_EVERY_S if give_up else seconds, deadline - time.monotonic()))):
-        reason = give_up() if give_up is not None else None
-        if reason is not None or time.monotonic() >= deadline:
-            break
-    with lock:
-        left = not done.is_set()
+    try:
+        while not done.wait(max(0.0, min(_LOOK_EVERY_S if give_up else seconds, deadline - time.monotonic()))):
+            reason = give_up() if give_up is not None else None
+            if reason is not None or time.monotonic() >= deadline:
+                break
+    finally:  # also when the wait itself is interrupted: the thread has to know that nobody waits for it
+        with lock:
+            left = not done.is_set()
     if left and reason is not None:
         raise Abandoned(f"{what} was given up") from reason
     if left:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from commplane.agree.bootstrap import PeerFailed, StoreBootstrap
 from commplane.agree.bounded import Abandoned, Stalled, call_bounded
 from commplane.api import BackendSpec, BuildContext, CommBackend
-from commplane.errors import AgreementError, CommplaneError, CommplaneWarning, PeerError
+from commplane.errors import AgreementError, CommplaneError, PeerError
+from commplane.notice import notice
 from commplane.select import Candidate, difference
 
 __all__ = ["Attempt", "Setback", "build_backend", "close_backend", "joint_verdict", "setback"]
@@ -37,7 +37,6 @@ def joint_verdict(
     problem: Setback | None,
     timeout: float,
     digest: str = "",
-    in_capture: bool = False,
 ) -> str | None:
     """Vote: None if every rank succeeded, else the reasons in one text that is equal on every rank. Collective.
 
@@ -49,7 +48,7 @@ def joint_verdict(
         PeerError: a rank did not vote.
     """
     vote = {"problem": problem and problem.text, "derived": problem is not None and problem.derived, "digest": digest}
-    votes = bootstrap.all_gather(vote, what=f"vote on {what}", timeout=timeout, in_capture=in_capture)
+    votes = bootstrap.all_gather(vote, what=f"vote on {what}", timeout=timeout)
     text = difference(f"the plan before {what}", dict(zip(bootstrap.ranks, (v["digest"] for v in votes), strict=True)))
     if text is not None:
         raise AgreementError(f"{text}; does a commplane_select_backend hook answer differently on some rank?")
@@ -114,16 +113,23 @@ def build_backend(
         running = False
         try:
             call_bounded(step, seconds, f"{spec.name} {state}", on_late=release, give_up=attempt.peer_failed)
-        except Exception as error:  # whatever a plugin raises becomes a vote
-            running = isinstance(error, Abandoned)
-            problem = setback(error.__cause__ if running and isinstance(error.__cause__, Exception) else error)
+        except BaseException as error:  # whatever a plugin raises becomes a vote
+            running = isinstance(error, Abandoned) or not isinstance(error, Exception)
+            problem = setback(error.__cause__ if isinstance(error, Abandoned) and error.__cause__ else error)
             # A cause ends the attempt of the other ranks at once. Who only waited in vain leaves the word to the rank that
             # was waited for: its own deadline is as near.
             if not problem.derived and not isinstance(error, Stalled):
                 attempt.fail(problem.text)
             abort_backend(spec.name, holder)
-        # A step is bounded by `seconds` on each rank, so a rank may come to the vote that much later than another.
-        reasons = joint_verdict(votes, f"{state} of {spec.name}", problem, 2 * seconds + 1, digest)
+            if not isinstance(error, Exception):  # Ctrl-C; the thread, if it still runs, releases what it built
+                raise
+        try:
+            # A step is bounded by `seconds` on each rank, so a rank may come to the vote that much later than another.
+            reasons = joint_verdict(votes, f"{state} of {spec.name}", problem, 2 * seconds + 1, digest)
+        except BaseException:
+            if not running:
+                release()
+            raise
         if reasons is not None:
             if not running:  # otherwise the thread that is still inside releases it when it comes back
                 release()
@@ -137,7 +143,7 @@ def abort_backend(name: str, holder: list[CommBackend]) -> None:
         try:
             backend.abort()
         except Exception as error:
-            warnings.warn(f"abort of backend {name!r} raised {error!r}", CommplaneWarning, stacklevel=2)
+            notice(f"abort of backend {name!r} raised {error!r}")
 
 
 def close_backend(name: str, backend: CommBackend) -> None:
@@ -145,4 +151,4 @@ def close_backend(name: str, backend: CommBackend) -> None:
     try:
         backend.close()
     except Exception as error:
-        warnings.warn(f"close of backend {name!r} raised {error!r}", CommplaneWarning, stacklevel=2)
+        notice(f"close of backend {name!r} raised {error!r}")

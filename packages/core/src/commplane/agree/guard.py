@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from commplane.agree.store import BoundedStore
 from commplane.api import GroupKey
 from commplane.errors import CaptureError
 
-__all__ = ["Activity", "CaptureGuard"]
+__all__ = ["Activity", "CaptureGuard", "Forming"]
 
 
 class CaptureGuard:
@@ -25,48 +27,74 @@ class CaptureGuard:
             raise CaptureError(f"{what} inside a capture: do it before, a capture may only hold collectives")
 
 
+@dataclass(frozen=True)
+class Forming:
+    """The attempt to form a communicator: the how many-th of its key on this rank, and where its first round is decided."""
+
+    key: GroupKey
+    instance: int
+    decision: str
+
+
 class Activity:
     """A note on the store for each rank: what it is doing in the control plane, for errors of those that wait for it."""
 
-    def __init__(self, store: Any, rank: int) -> None:
+    def __init__(self, store: BoundedStore, rank: int, prefix: str) -> None:
         self._store = store
         self._rank = rank
+        self._prefix = prefix
 
-    def _put(self, text: str, forming: GroupKey | None = None) -> None:
-        note = {"text": text, "forming": forming and {"key": str(forming), "ranks": list(forming.ranks)}}
-        self._store.set(f"activity/{self._rank}", json.dumps(note))
+    def _put(self, text: str, forming: Forming | None = None, gone: bool = False) -> None:
+        note: dict[str, Any] = {"text": text, "gone": gone, "forming": None}
+        if forming is not None:
+            note["forming"] = {
+                "key": str(forming.key),
+                "ranks": list(forming.key.ranks),
+                "instance": forming.instance,
+                "decision": forming.decision,
+            }
+        self._store.set(f"{self._prefix}/{self._rank}", json.dumps(note))
 
     @contextmanager
-    def forming(self, key: GroupKey) -> Iterator[None]:
-        """While this rank waits for the others to form the communicator `key`.
+    def forming(self, attempt: Forming) -> Iterator[None]:
+        """While this rank waits for the others to form a communicator."""
+        self._put(f"forms communicator {attempt.key}", attempt)
+        try:
+            yield
+        except BaseException:
+            self._put(f"failed to form communicator {attempt.key}")
+            raise
+        self._put(f"opened communicator {attempt.key}")
 
-        The note stays when forming fails, so that peers stuck in another group can still read the difference.
-        """
-        self._put(f"forms communicator {key}", key)
-        yield
-        self._put(f"opened communicator {key}")
-
-    def say(self, text: str) -> None:
-        """Leave a note."""
-        self._put(text)
+    def say(self, text: str, *, gone: bool = False) -> None:
+        """Leave a note. `gone`: this rank takes part in nothing any more."""
+        self._put(text, gone=gone)
 
     def read(self, rank: int) -> dict[str, Any] | None:
         """The note of another rank, or None if it left none."""
-        key = f"activity/{rank}"
+        key = f"{self._prefix}/{rank}"
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
-    def conflict(self, key: GroupKey, waiting_for: Sequence[int]) -> str | None:
-        """A reason why forming `key` can never end: a peer waits for us in another communicator.
+    def conflict(self, mine: GroupKey, waiting_for: Sequence[int], begun: Callable[[str], int]) -> str | None:
+        """A reason why forming `mine` can never end: a peer waits for us in a communicator that we have not begun to form.
 
-        This rank waits for that peer and the peer for this rank, so neither can go on; that is certain, not a time-out.
+        This rank waits for that peer and the peer for this rank, so neither can go on; that is certain, not a time-out. The
+        peer is told too, where its own first round is decided.
+
+        Args:
+            mine: what this rank forms.
+            waiting_for: global ranks that have not come.
+            begun: how many times this rank has begun to form the communicator with a key, given as text.
         """
         for peer in waiting_for:
             note = self.read(peer)
-            if note is None or note["forming"] is None or note["forming"]["key"] == str(key):
+            theirs = None if note is None else note["forming"]
+            if theirs is None or self._rank not in theirs["ranks"] or begun(theirs["key"]) >= theirs["instance"]:
                 continue
-            if self._rank in note["forming"]["ranks"]:
-                return (
-                    f"rank {self._rank} forms communicator {key}, rank {peer} forms {note['forming']['key']}: every rank must "
-                    f"create the same communicators in the same order"
-                )
+            reason = (
+                f"rank {self._rank} forms communicator {mine}, rank {peer} forms {theirs['key']}: every rank must create the "
+                f"same communicators in the same order"
+            )
+            self._store.decide(theirs["decision"], json.dumps({"conflict": reason}))
+            return reason
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from commplane.agree.bounded import call_bounded
 from commplane.agree.build import setback
-from commplane.api import BackendSpec, Facts, ProbeRequest, Unusable, Usable, Verdict
+from commplane.api import BackendSpec, Deadline, Facts, ProbeRequest, Unusable, Usable, Verdict
 from commplane.plugins import Registered
 from commplane.select import static_refusal
 
@@ -22,13 +22,14 @@ def probe_all(
     facts: Facts,
     timeout: float,
 ) -> dict[str, dict[str, Any]]:
-    """The verdict of each backend, as JSON, with its spec and where it came from. Local, each probe within `timeout`."""
+    """The verdict of each backend, as JSON, with its spec and where it came from. Local; all of it within `timeout`."""
     out = {}
+    deadline = Deadline(timeout)
     for name, registered in backends.items():
         spec = registered.spec
         assert isinstance(spec, BackendSpec)
         own = ProbeRequest(request.key, request.rank, options.get(name, {}))
-        verdict = _probe(spec, own, facts, timeout)
+        verdict = _probe(spec, own, facts, max(deadline.remaining(), 0.01))
         out[name] = {
             "spec": spec.to_json(),
             "dist": f"{registered.dist or registered.plugin} {registered.version}",

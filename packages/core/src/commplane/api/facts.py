@@ -109,7 +109,8 @@ class Facts(Mapping[int, RankFacts]):
 
         Only processes of this process's own pid namespace can be looked up; others are held to be alive.
         """
-        own = next((f.pid_namespace for f in self.values() if f.pid == os.getpid()), None)
+        mine = (os.getpid(), process_start(os.getpid()))
+        own = next((f.pid_namespace for f in self.values() if (f.pid, f.pid_start) == mine), None)
         return tuple(r for r in ranks if self[r].pid_namespace == own and process_start(self[r].pid) != self[r].pid_start)
 
     def oversubscribed(self, ranks: Sequence[int]) -> bool:

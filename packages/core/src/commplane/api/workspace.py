@@ -36,6 +36,9 @@ class Workspace(ABC):
     backend: str
     nbytes: int
 
+    def commit(self) -> None:
+        """Every rank has built its part: begin to use it. Local, must not fail; optional."""
+
     @abstractmethod
     def close(self) -> None:
-        """Release it. Local, idempotent."""
+        """Release it; before `commit`, leave everything as it was before it was built. Local, idempotent."""

@@ -46,7 +46,7 @@ class TorchDistributed(CommBackend):
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """Any layout; a copy is made where it is not contiguous."""
         self._check(tensor, op)
-        dense = tensor.detach().contiguous()
+        dense = tensor.detach().resolve_neg().contiguous()
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
         self._wait("all_reduce", lambda: self._pg.allreduce([dense], options))
@@ -57,7 +57,7 @@ class TorchDistributed(CommBackend):
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenate along dimension 0."""
         self._check(tensor)
-        dense = tensor.detach().contiguous()
+        dense = tensor.detach().resolve_neg().contiguous()
         shape = (self._context.world_size * dense.shape[0], *dense.shape[1:])
         out = torch.empty(shape, dtype=dense.dtype, device=dense.device)
         if out.numel():
@@ -82,7 +82,7 @@ class TorchDistributed(CommBackend):
     def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """In place from group rank `src`."""
         self._check(tensor)
-        dense = tensor.detach().contiguous()
+        dense = tensor.detach().resolve_neg().contiguous()
         options = dist.BroadcastOptions()
         options.rootRank = src
         options.rootTensor = 0

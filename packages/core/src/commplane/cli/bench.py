@@ -43,7 +43,10 @@ def _sizes(text: str) -> list[int]:
 
 
 def _dtypes(text: str) -> list[str]:
-    return [DTYPE_ALIASES.get(part.strip(), part.strip()) for part in text.split(",") if part.strip()]
+    names = [DTYPE_ALIASES.get(part.strip(), part.strip()) for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("wanted at least one dtype, found none")
+    return names
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -6,17 +6,18 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from commplane.config import Config
 from commplane.errors import ConfigError
 
-__all__ = ["add_commands", "add_ranks_option", "in_ranks", "leave_outcome", "torchrun"]
+__all__ = ["add_commands", "add_ranks_option", "in_ranks", "leave_outcome", "positive"]
 
 # Not a setting, and so not named like one: where ranks started by a command leave their exit code.
 _OUTCOMES = "_COMMPLANE_OUTCOMES"
@@ -33,7 +34,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    return torchrun(options.ranks, [*(["-m"] if options.module else []), options.script, *options.arguments])
+    """Become torchrun: signals reach it, and its exit code is ours."""
+    command, environment = _torchrun(options.ranks, [*(["-m"] if options.module else []), options.script, *options.arguments])
+    os.execve(command[0], command, environment)
 
 
 def add_ranks_option(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +47,7 @@ def add_ranks_option(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
+    """A whole number of 1 or more."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"wanted 1 or more, found {text}")
@@ -60,7 +64,8 @@ def in_ranks(options: argparse.Namespace) -> int | None:
         return None
     Config.load()  # a wrong setting is said here, once, before any rank starts
     with tempfile.TemporaryDirectory() as folder:
-        code = torchrun(options.ranks, ["-m", "commplane", *options.argv], {_OUTCOMES: folder})
+        command, environment = _torchrun(options.ranks, ["-m", "commplane", *options.argv])
+        code = _wait(subprocess.Popen(command, env={**environment, _OUTCOMES: folder}))
         outcomes = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
     failed = [o for o in outcomes if o["error"]]
     if failed:
@@ -80,11 +85,18 @@ def leave_outcome(code: int, error: str) -> int:
     return 0
 
 
-def torchrun(ranks: int, arguments: Sequence[str], extra: Mapping[str, str] | None = None) -> int:
-    """Run a Python script, or ``-m module``, on `ranks` ranks of this machine; torchrun's exit code, 0 if all went well."""
+def _torchrun(ranks: int, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Command and environment that run a Python script, or ``-m module``, on `ranks` ranks of this machine."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("starting ranks wants torch, which is not installed: pip install commplane[torch]")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     # One thread a rank unless the user says otherwise: torchrun sets the same, with a warning.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **(extra or {})}
-    return subprocess.run([*command, *arguments], env=environment, check=False).returncode
+    return [*command, *arguments], {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for torchrun, handing on the signals that ask this process to end, so that no rank is left behind."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _frame: process.send_signal(received))
+    code = process.wait()
+    return 128 - code if code < 0 else code

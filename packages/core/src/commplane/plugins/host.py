@@ -31,6 +31,7 @@ from commplane.api.markers import PROJECT
 from commplane.backends import builtin
 from commplane.config import Config
 from commplane.errors import CommplaneWarning, PluginError, PluginNotFound
+from commplane.notice import notice
 from commplane.plugins.compat import check_api, check_requirements
 from commplane.plugins.discovery import Candidate, core_version, find_candidates
 from commplane.plugins.report import Kind, Mismatch, Problem, as_error
@@ -67,6 +68,7 @@ class PluginHost:
         self.candidates: list[Candidate] = []
         self.problems: list[Problem] = []
         self.versions: dict[str, tuple[str, str]] = {}
+        self._is_configured = False
         self._specs: dict[type[Spec], dict[str, Registered]] = {kind: {} for kind in _REGISTER_HOOKS.values()}
         self._lost: list[tuple[Problem, type[Spec], str]] = []
         self._manager = pluggy.PluginManager(PROJECT)
@@ -112,8 +114,31 @@ class PluginHost:
                     CommplaneWarning,
                     stacklevel=2,
                 )
-        host._manager.hook.commplane_configure.call_historic(kwargs={"config": host.config})
+        host.configure(host.config)
         return host
+
+    def configure(self, config: Config) -> None:
+        """`commplane_configure`, for the plugins there are and those to come. A plugin that raises is left out. Local."""
+        self.config = config
+        self._is_configured = True
+        for name, plugin in sorted(self._manager.list_name_plugin()):
+            if plugin is not None and not self._configured(name, plugin):
+                self._unregister(plugin)
+                for specs in self._specs.values():
+                    for spec_name in [n for n, r in specs.items() if r.plugin == name]:
+                        del specs[spec_name]
+
+    def _configured(self, name: str, plugin: object) -> bool:
+        try:
+            # One by one, which a historic call of pluggy's cannot do; `register` sees to the plugins that come later.
+            for implementation in self._manager.hook.commplane_configure.get_hookimpls():
+                if implementation.plugin is plugin:
+                    implementation.function(*(self.config for _ in implementation.argnames))
+        except (Exception, SystemExit) as error:  # one plugin must not stop the others
+            self._failed(name, " ".join([name, "from", *self.versions.get(name, ("this process", ""))]), error)
+            notice(f"commplane leaves a plugin out: {self.problems[-1].lines()[0]}")
+            return False
+        return True
 
     def _load(self, c: Candidate) -> None:
         mismatches = check_requirements(c.requires)
@@ -160,6 +185,8 @@ class PluginHost:
         self.versions[name] = (dist, version)
         for spec in specs:
             self._admit(spec, name, dist, version, title)
+        if self._is_configured:
+            self._configured(name, plugin)
         if len(self.problems) > before:
             if all(r.plugin != name for kind in self._specs.values() for r in kind.values()):
                 self._unregister(plugin)
@@ -299,4 +326,4 @@ class PluginHost:
         try:
             caller(**arguments)
         except Exception as error:
-            warnings.warn(f"{hook} of a plugin raised {error!r}; the run goes on", CommplaneWarning, stacklevel=3)
+            notice(f"{hook} of a plugin raised {error!r}; the run goes on")

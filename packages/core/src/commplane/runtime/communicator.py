@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,12 +13,12 @@ from commplane.api import Capability, Collective, CommBackend, GroupKey, Require
 from commplane.errors import (
     CaptureError,
     CommplaneError,
-    CommplaneWarning,
     CommunicatorError,
     MismatchError,
     PeerError,
     UnsupportedOperation,
 )
+from commplane.notice import notice
 from commplane.plugins import PluginHost
 from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable
 from commplane.select import Plan, difference
@@ -55,6 +56,7 @@ class Communicator:
         plan: Plan,
         backends: Mapping[str, CommBackend],
         bootstrap: StoreBootstrap,
+        attempts: Sequence[StoreBootstrap],
         host: PluginHost,
         startup_timeout: float,
         on_fault: Callable[[], None],
@@ -68,6 +70,8 @@ class Communicator:
         self.plan = plan
         self._named = dict(backends)
         self._bootstrap = bootstrap
+        self._attempts = tuple(attempts)
+        self._steps = 0
         self._host = host
         self._startup_timeout = startup_timeout
         self._on_fault = on_fault
@@ -75,7 +79,7 @@ class Communicator:
         self._workspaces: list[Workspace] = []
         self._live = DispatchTable(self.who, plan, self._named)
         self._table: dict[Any, Callable[..., Any]] = self._live
-        self._fault: CommplaneError | None = None
+        self._fault: Exception | None = None
         self._closed = False
         self._capturing = False
 
@@ -108,28 +112,28 @@ class Communicator:
             MismatchError: the ranks called with different arguments.
             PeerError: a rank is missing at the deadline.
         """
+        call = self._table["all_reduce_", op, tensor.dtype]
         try:
-            return self._table["all_reduce_", op, tensor.dtype](tensor)  # type: ignore[no-any-return]
-        except (PeerError, MismatchError) as error:
-            self.poison(error)
-            raise
+            return call(tensor)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise self._failed(error, tensor) from error.__cause__
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """`all_reduce_` into a new tensor; the input is left as it was."""
+        call = self._table["all_reduce", op, tensor.dtype]
         try:
-            return self._table["all_reduce", op, tensor.dtype](tensor)  # type: ignore[no-any-return]
-        except (PeerError, MismatchError) as error:
-            self.poison(error)
-            raise
+            return call(tensor)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise self._failed(error, tensor) from error.__cause__
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The ranks' tensors concatenated along dimension 0 in group order; shapes are equal on all ranks."""
         self._at_least_one_dimension("all_gather", tensor)
+        call = self._table["all_gather", None, tensor.dtype]
         try:
-            return self._table["all_gather", None, tensor.dtype](tensor)  # type: ignore[no-any-return]
-        except (PeerError, MismatchError) as error:
-            self.poison(error)
-            raise
+            return call(tensor)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise self._failed(error, tensor) from error.__cause__
 
     def reduce_scatter(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Part `rank` of the reduced tensor, cut evenly along dimension 0, which the world size must divide."""
@@ -139,29 +143,29 @@ class Communicator:
                 f"{self.who} reduce_scatter wants a first dimension that {self.world_size} ranks divide, "
                 f"found shape {list(tensor.shape)}: pad it"
             )
+        call = self._table["reduce_scatter", op, tensor.dtype]
         try:
-            return self._table["reduce_scatter", op, tensor.dtype](tensor)  # type: ignore[no-any-return]
-        except (PeerError, MismatchError) as error:
-            self.poison(error)
-            raise
+            return call(tensor)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise self._failed(error, tensor) from error.__cause__
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Fill `tensor` in place from group rank `src`; returns `tensor`."""
         if not 0 <= src < self.world_size:
             raise UnsupportedOperation(f"{self.who} broadcast wants src as a group rank below {self.world_size}, found {src}")
+        call = self._table["broadcast", None, tensor.dtype]
         try:
-            return self._table["broadcast", None, tensor.dtype](tensor, src)  # type: ignore[no-any-return]
-        except (PeerError, MismatchError) as error:
-            self.poison(error)
-            raise
+            return call(tensor, src)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise self._failed(error, tensor) from error.__cause__
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
+        call = self._table["barrier", None, None]
         try:
-            self._table["barrier", None, None]()
-        except (PeerError, MismatchError) as error:
-            self.poison(error)
-            raise
+            call()
+        except Exception as error:
+            raise self._failed(error) from error.__cause__
 
     def all_reduce_rms_norm(
         self, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
@@ -189,6 +193,14 @@ class Communicator:
         if tensor.dim() == 0:
             raise UnsupportedOperation(f"{self.who} {what} wants a tensor with a first dimension, found a scalar")
 
+    def _failed(self, error: Exception, tensor: torch.Tensor | None = None) -> Exception:
+        """What to raise for `error` of a collective: poisons, unless nothing was sent."""
+        if tensor is not None and str(tensor.layout) != "torch.strided":
+            return UnsupportedOperation(f"{self.who} wanted a dense tensor, found layout {tensor.layout}: use to_dense()")
+        if not isinstance(error, UnsupportedOperation):
+            self.poison(error)
+        return error
+
     # Control plane.
 
     def prepare(self, collective: str = "all_reduce", *, dtype: torch.dtype | str = "float32", max_bytes: int) -> None:
@@ -214,8 +226,13 @@ class Communicator:
                 workspace.close()
 
         value = {"collective": str(need.collective), "dtype": need.dtype, "max_bytes": need.max_bytes}
-        self._workspaces.extend(self._joint("prepare", value, build, undo))
-        self._live.clear()  # backends are bound anew, to what they built
+        try:
+            built = self._joint("prepare", value, build, undo)
+            for workspace in built:
+                workspace.commit()
+            self._workspaces.extend(built)
+        finally:
+            self._live.clear()  # backends are bound anew, to what they have now
 
     def empty(self, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory: reduced without a staging copy. Collective.
@@ -231,7 +248,13 @@ class Communicator:
 
         kind = torch.get_default_dtype() if dtype is None else dtype
         name = str(kind).removeprefix("torch.")
-        sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        given = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        try:
+            sizes = tuple(operator.index(n) for n in given)
+        except TypeError:
+            raise UnsupportedOperation(f"{self.who} empty wants integers, found {given}") from None
+        if any(n < 0 for n in sizes):
+            raise UnsupportedOperation(f"{self.who} empty wants sizes of 0 or more, found {list(sizes)}")
         backend = next(
             (
                 self._named[s.name]
@@ -251,12 +274,18 @@ class Communicator:
     def _joint(self, what: str, value: Mapping[str, Any], act: Callable[[], T], undo: Callable[[T], None]) -> T:
         """Compare `value` over the ranks, act, vote. On every rank or on none. Collective."""
         self.compare(what, value)
+        self._steps += 1
+        for attempt in self._attempts:
+            attempt.begin(f"{what}/{self._steps}")
         problem, result = None, None
         try:
             try:
                 result = act()
             except Exception as error:  # whatever a plugin raises becomes a vote
                 problem = setback(error)
+                if not problem.derived:
+                    for attempt in self._attempts:
+                        attempt.fail(problem.text)
             reasons = joint_verdict(self._bootstrap, what, problem, 2 * self._startup_timeout)
         except PeerError as error:
             self.poison(error)
@@ -322,9 +351,6 @@ class Communicator:
 
     def _agree_on_capture(self, records: list[str], error: BaseException | None) -> CaptureError | None:
         failed = None if error is None else setback(error)
-        if failed is not None:
-            # Peers that wait for us inside the capture can stop: we will not come.
-            self._abort()
         mine = {"problem": failed and failed.text, "derived": failed is not None and failed.derived, "records": records}
         try:
             votes = self._bootstrap.all_gather(mine, what="vote on capture", timeout=2 * self._startup_timeout)
@@ -349,17 +375,18 @@ class Communicator:
                 problem = setback(caught)
             reasons = joint_verdict(self._bootstrap, "registration after capture", problem, 2 * self._startup_timeout)
             return None if reasons is None else CaptureError(f"{self.who} registration after the capture failed: {reasons}")
-        except PeerError as missing:
-            self.poison(missing)
-            return CaptureError(f"{self.who} {missing}")
+        except CommplaneError as lost:
+            self.poison(lost)
+            return CaptureError(f"{self.who} vote on the capture failed: {lost}")
 
     # End of life.
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """Make peers that wait for this rank in an operation stop waiting: it will not come. Local."""
         for name, backend in self._named.items():
             abort_backend(name, [backend])
 
-    def poison(self, error: CommplaneError) -> None:
+    def poison(self, error: Exception) -> None:
         """Make every later call raise at once, because the ranks are no longer at the same point. Local, idempotent.
 
         Peers that wait for this rank are told to stop where the backend can.
@@ -371,10 +398,12 @@ class Communicator:
 
         def again() -> CommplaneError:
             text = f"{self.who} is poisoned by an earlier fault and must be closed: {error}"
-            return PeerError(text, missing) if isinstance(error, PeerError) else type(error)(text)
+            if isinstance(error, PeerError):
+                return PeerError(text, missing)
+            return type(error)(text) if isinstance(error, CommplaneError) else CommunicatorError(text)
 
         self._table = DeadTable(again)
-        self._abort()
+        self.abort()
         self._on_fault()
         self._host.notify("commplane_fault", communicator=self, error=error)
 
@@ -395,17 +424,27 @@ class Communicator:
             try:
                 self._bootstrap.barrier(what="close", timeout=self._startup_timeout)
             except CommplaneError as error:
-                warnings.warn(f"closed without all ranks: {error}", CommplaneWarning, stacklevel=3)
+                notice(f"closed without all ranks: {error}", stacklevel=3)
         elif not wait:
-            self._abort()
+            self.abort()
         self._closed = True
         self._table = DeadTable(lambda: CommunicatorError(f"{self.who} is closed: create it again to go on"))
         for workspace in self._workspaces:
-            workspace.close()
+            try:
+                workspace.close()
+            except Exception as error:  # the rest has to go all the same
+                notice(f"close of a workspace of backend {workspace.backend!r} raised {error!r}")
         for name, backend in self._named.items():
             close_backend(name, backend)
         self._on_close(self)
         self._host.notify("commplane_communicator_closed", communicator=self)
+
+    def disown(self) -> None:
+        """In a forked child: every call raises, and nothing that is shared with the parent is touched. Local."""
+        self._closed = True
+        self._table = DeadTable(
+            lambda: CommunicatorError(f"{self.who} belongs to the parent process: a forked child must create its own")
+        )
 
     def __enter__(self) -> Communicator:
         return self

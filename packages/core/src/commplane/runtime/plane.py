@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import os
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,12 +14,15 @@ from typing import Any
 
 from commplane.agree import (
     Activity,
+    BoundedStore,
     CaptureGuard,
+    Forming,
     PeerFailed,
     StoreBootstrap,
     build_backend,
     close_backend,
     exchange_facts,
+    joint_verdict,
     probe_all,
     setback,
 )
@@ -32,6 +38,7 @@ from commplane.errors import (
     MismatchError,
     SelectionError,
 )
+from commplane.notice import notice
 from commplane.plugins import PluginHost
 from commplane.runtime.communicator import Communicator
 from commplane.runtime.rendezvous import World, find_world
@@ -65,9 +72,16 @@ def init(
         AgreementError: ranks differ in plugin versions or settings; the same error on all of them.
         PeerError: ranks are missing at the deadline.
     """
-    settings = Config.load(config)
-    world = find_world(store, rank, world_size, settings.startup)
-    return Plane(world, settings, plugins)
+    problem: ConfigError | None = None
+    try:
+        settings = Config.load(config)
+    except ConfigError as error:  # perhaps on this rank only: the others are told when we meet
+        problem, settings = error, Config()
+    try:
+        world = find_world(store, rank, world_size, settings.startup)
+    except ConfigError as error:
+        raise problem or error from None
+    return Plane(world, settings, plugins, problem)
 
 
 class Plane:
@@ -81,31 +95,42 @@ class Plane:
         plugins: the loaded plugins.
     """
 
-    def __init__(self, world: World, config: Config, plugins: PluginHost | None = None) -> None:
+    def __init__(
+        self, world: World, config: Config, plugins: PluginHost | None = None, problem: ConfigError | None = None
+    ) -> None:
         self.rank = world.rank
         self.world_size = world.world_size
         self.origin = world.origin
         self._guard = CaptureGuard()
-        self._activity = Activity(world.store, world.rank)
-        self._store = world.store
+        self._store = BoundedStore(world.store, config.startup)
+        # A store outlives a plane, and its keys with it: each plane of a job has a number, and keys of its own.
+        self._generation = self._store.add(f"generation/{world.rank}", 1)
+        self._activity = Activity(self._store, world.rank, f"plane/{self._generation}/activity")
         self._communicators: list[Communicator] = []
-        self._instances: Counter[GroupKey] = Counter()
+        self._instances: Counter[str] = Counter()
         self._closed = False
         self._faulted = False
         self._world = StoreBootstrap(
-            world.store,
+            self._store,
             range(world.world_size),
             world.rank,
-            prefix="world",
+            prefix=f"plane/{self._generation}/world",
             timeout=config.startup,
             who=f"[world rank {world.rank}/{world.world_size}]",
             guard=self._guard,
             activity=self._activity,
+            conflict=self._other_generation,
+            dead=self._dead,
         )
         self._activity.say("starts up")
         try:
-            self.plugins = PluginHost.discover(config) if plugins is None else plugins
-            self.config = self.plugins.config if plugins is None else config.with_options(_options(plugins))
+            if problem is not None:
+                raise problem
+            if plugins is None:
+                plugins = PluginHost.discover(config)
+            else:
+                plugins.configure(config.with_options(_options(plugins)))
+            self.plugins, self.config = plugins, plugins.config
             self.plugins.require(n for n in self.config.backends)
         except Exception as error:
             # A failure here is this rank's alone; the others are on their way to the first round and are told there.
@@ -117,12 +142,28 @@ class Plane:
             raise AgreementError(f"{failed}; this rank has no such problem: make the installations equal") from failed
         self.facts = exchange_facts(self._world, self.config.host_alias)
         self._activity.say("is up")
+        _planes.add(self)
+
+    def _other_generation(self, missing: Sequence[int]) -> str | None:
+        """Why `missing` will not come to the first round: they are in another plane on the same store. Local."""
+        for r in missing:
+            theirs = self._store.add(f"generation/{r}", 0)
+            if theirs > self._generation or (theirs and theirs < self._generation and not self._activity.read(r)):
+                return (
+                    f"rank {self.rank} calls init for the {self._generation}. time on this store, rank {r} has called it "
+                    f"{theirs} times: start all ranks together, or give each start a store of its own"
+                )
+        return None
+
+    def _dead(self, ranks: Sequence[int]) -> Sequence[int]:
+        facts = getattr(self, "facts", None)
+        return () if facts is None else facts.dead(ranks)
 
     def _compare(self) -> None:
         """Plugin versions and settings must be equal: a rank with another set would decide otherwise. Collective."""
         mine = {
             "plugins": {name: f"{dist} {version}" for name, dist, version in self.plugins.fingerprint()},
-            "config": self.config.shared(),
+            "config": {"world_size": self.world_size, **self.config.shared()},
         }
         everyone = self._world.all_gather(mine, what="comparison of plugins and settings")
         problems = [
@@ -164,31 +205,34 @@ class Plane:
         """
         self._guard.check(f"communicator {name!r}")
         self._open("communicator")
-        members = tuple(range(self.world_size)) if ranks is None else tuple(int(r) for r in ranks)
+        members = tuple(range(self.world_size)) if ranks is None else tuple(operator.index(r) for r in ranks)
         self._check_members(name, members)
         where = _device(device or self.config.device)
         key = GroupKey(members, where.partition(":")[0], name)
         if any(c.key == key for c in self._communicators):
-            raise CommunicatorError(f"communicator {key} is open already: close it first, or give the new one another name")
-        wanted = list(self.config.backends if backends is None else backends)
-        self._instances[key] += 1
+            raise CommunicatorError(f"[{name}] communicator {key} is open already: close it first, or give the new one a name")
+        named = self.config.backends if backends is None else backends
+        wanted = [n.strip() for n in named.split(",") if n.strip()] if isinstance(named, str) else list(named)
+        self._instances[str(key)] += 1
+        instance = self._instances[str(key)]
         who = f"[{name} rank {members.index(self.rank)}/{len(members)}]"
         bootstrap = StoreBootstrap(
             self._store,
             members,
             self.rank,
-            prefix=f"group/{key.digest}/{self._instances[key]}",
+            prefix=f"plane/{self._generation}/group/{key.digest}/{instance}",
             timeout=self.config.startup,
             who=who,
             guard=self._guard,
             activity=self._activity,
-            conflict=lambda missing: self._activity.conflict(key, missing),
+            conflict=lambda missing: self._activity.conflict(key, missing, self._instances.__getitem__),
+            dead=self._dead,
         )
-        with self._activity.forming(key):
+        with self._activity.forming(Forming(key, instance, bootstrap.first_decision)):
             try:
                 self.plugins.require(wanted)
                 draft = self._agree(key, wanted, bootstrap)
-                plan, built = self._build(key, where, draft, bootstrap, who)
+                plan, built, attempts = self._build(key, where, draft, bootstrap, who, wanted)
             except Exception as error:
                 # If it happened on this rank alone, the others are told in the round that they wait in.
                 bootstrap.fail(setback(error).text)
@@ -200,13 +244,13 @@ class Plane:
             plan,
             built,
             bootstrap,
+            attempts,
             self.plugins,
             self.config.startup,
             on_fault=self._note_fault,
             on_close=self._communicators.remove,
         )
         self._communicators.append(out)
-        self._warn_of_refusals(plan, wanted)
         self.plugins.notify("commplane_plan_committed", communicator=out)
         return out
 
@@ -231,10 +275,16 @@ class Plane:
         self._open("sync_bootstrap")
         return self.plugins.sync_bootstrap(self._world, value)
 
-    def gather(self, value: Any, *, what: str) -> list[Any]:
-        """Every rank's JSON value, by global rank, over the control plane. Collective over all ranks; slow."""
+    def gather(self, value: Any, *, what: str, timeout: float | None = None) -> list[Any]:
+        """Every rank's JSON value, by global rank, over the control plane. Collective over all ranks; slow.
+
+        Args:
+            value: what this rank contributes.
+            what: name of the step, the same on every rank; shown in errors.
+            timeout: seconds to wait for the others; if unset, the setting for start-up.
+        """
         self._open("gather")
-        return self._world.all_gather(value, what=what)
+        return self._world.all_gather(value, what=what, timeout=timeout)
 
     def _note_fault(self) -> None:
         self._faulted = True
@@ -258,7 +308,14 @@ class Plane:
         # A probe may take its whole deadline on one rank.
         submissions = bootstrap.all_gather(mine, what="agreement", timeout=2 * self.config.startup)
         draft = choose(key, submissions)
-        answer = self.plugins.select_backend(request, draft.order)
+        answer, problem = None, None
+        try:
+            answer = self.plugins.select_backend(request, draft.order)
+        except Exception as error:  # a site's policy that fails is a vote of the whole group
+            problem = setback(error)
+        reasons = joint_verdict(bootstrap, "commplane_select_backend", problem, self.config.startup, repr(answer))
+        if reasons is not None:
+            raise SelectionError(f"[{key.purpose}] commplane_select_backend failed: {reasons}")
         if answer is None:
             return draft
         kept = [n for n in dict.fromkeys(answer) if n in draft.order and n != LAST_RESORT]
@@ -271,8 +328,8 @@ class Plane:
         return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts)
 
     def _build(
-        self, key: GroupKey, device: str, draft: Draft, bootstrap: StoreBootstrap, who: str
-    ) -> tuple[Plan, dict[str, CommBackend]]:
+        self, key: GroupKey, device: str, draft: Draft, bootstrap: StoreBootstrap, who: str, wanted: list[str]
+    ) -> tuple[Plan, dict[str, CommBackend], list[StoreBootstrap]]:
         """Open what was chosen, each on all ranks or on none. Collective."""
         from commplane.agree.canary import check, verify_overrides
 
@@ -280,6 +337,7 @@ class Plane:
         digest = repr((draft.order, draft.refused))
         outcomes: list[Candidate] = []
         built: dict[str, CommBackend] = {}
+        attempts: list[StoreBootstrap] = []
         try:
             for name in draft.order:
                 entry = registered[name]
@@ -310,10 +368,12 @@ class Plane:
                 outcomes.append(replace(result.candidate, facts=draft.facts[name]))
                 if result.backend is not None:
                     built[name] = result.backend
+                    attempts.append(attempt)
             specs = tuple(registered[n].spec for n in draft.order if n in built)
             refused = tuple(sorted(draft.refused, key=lambda c: c.name))
             numerics = self.config.numerics
             plan = Plan(key, (*outcomes, *refused), compile_routes(specs, numerics), specs, numerics)  # type: ignore[arg-type]
+            self._warn_of_refusals(plan, wanted)
             text = difference(
                 "the plan",
                 dict(zip(key.ranks, bootstrap.all_gather(plan.digest, what="commit"), strict=True)),
@@ -327,10 +387,13 @@ class Plane:
             for name, backend in built.items():
                 close_backend(name, backend)
             raise
-        return plan, built
+        return plan, built, attempts
 
     def _warn_of_refusals(self, plan: Plan, wanted: list[str]) -> None:
-        """One warning for each backend that was asked for by name and refused, on the group's first rank only."""
+        """One warning for each backend that was asked for by name and refused, on the group's first rank only.
+
+        Before the commit: where warnings are errors, no rank gets the communicator.
+        """
         if self.rank != plan.key.ranks[0]:
             return
         for c in plan.candidates:
@@ -340,7 +403,7 @@ class Plane:
                     f"backend {c.name!r} was asked for but communicator {plan.key} ({hosts}) runs on "
                     f"{', '.join(plan.backends)}: {c.state}: {c.reason}",
                     CommplaneWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
     @contextmanager
@@ -367,6 +430,11 @@ class Plane:
         except BaseException as error:  # every rank must come to the votes, also this one
             failure = error
         self._guard.active = False
+        if failure is not None:
+            # Peers that wait for us inside the capture, in whichever communicator, can stop before the first vote.
+            for c in entered:
+                if c.captures:
+                    c.abort()
         outcomes = [c._capture_end(failure) for c in entered]
         if failure is not None:
             raise failure
@@ -393,11 +461,13 @@ class Plane:
             c._close(wait=wait)
         self._closed = True
         try:
-            self._activity.say("has closed" if wait else "left after an error")
             if wait:
+                self._activity.say("closes its plane")
                 self._world.farewell(self.config.startup)
-        except (CommplaneError, RuntimeError) as error:  # RuntimeError: the store went with its host
-            warnings.warn(f"plane closed without all ranks: {error}", CommplaneWarning, stacklevel=3)
+            else:
+                self._activity.say("left after an error", gone=True)
+        except CommplaneError as error:
+            notice(f"plane closed without all ranks: {error}", stacklevel=3)
 
     def __enter__(self) -> Plane:
         return self
@@ -410,6 +480,20 @@ class Plane:
             warnings.warn("a commplane Plane was never closed", ResourceWarning, stacklevel=2, source=self)
 
 
+_planes: weakref.WeakSet[Plane] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A forked child shares the parent's mappings and sockets: it must not use them, nor close them as if it were the rank."""
+    for plane in list(_planes):
+        plane._closed = True
+        for c in plane.communicators:
+            c.disown()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _options(plugins: PluginHost) -> dict[str, Mapping[str, Any]]:
     return {name: r.spec.options for name, r in plugins.backends().items() if isinstance(r.spec, BackendSpec)}
 
@@ -418,8 +502,6 @@ def _device(name: str) -> str:
     """Resolve ``auto`` and a CUDA device without a number. Local."""
     if name not in ("auto", "cuda"):
         return name
-    import os
-
     import torch
 
     if name == "auto" and not torch.cuda.is_available():

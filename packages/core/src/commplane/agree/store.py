@@ -1,0 +1,98 @@
+"""A c10d store whose calls end.
+
+`torch.distributed.TCPStore` waits without limit for a host that is stopped or cut off. Here every call is made by one thread of
+this process and waited for with a deadline; after one that was missed, all later calls fail at once.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from commplane.errors import PeerError
+
+__all__ = ["BoundedStore"]
+
+
+class BoundedStore:
+    """The calls that the control plane makes. They raise `PeerError` where the store's host is gone or does not answer.
+
+    Args:
+        store: a c10d store.
+        timeout: seconds that one call may take.
+    """
+
+    def __init__(self, store: Any, timeout: float) -> None:
+        self.raw = store
+        self._timeout = timeout
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lost: str | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def set(self, key: str, value: str) -> None:
+        """Store `value`."""
+        self._call(lambda: self.raw.set(key, value))
+
+    def get(self, key: str) -> bytes:
+        """The value of a key that exists."""
+        return self._call(lambda: self.raw.get(key))  # type: ignore[no-any-return]
+
+    def get_all(self, keys: Sequence[str]) -> list[bytes]:
+        """The values of keys that exist; one message where the store can."""
+        if self.raw.has_extended_api():
+            return list(self._call(lambda: self.raw.multi_get(list(keys))))
+        return [self.get(key) for key in keys]
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all `keys` exist."""
+        return bool(self._call(lambda: self.raw.check(list(keys))))
+
+    def decide(self, key: str, value: str) -> bytes:
+        """Set `key` unless it has a value; the value that it has then."""
+        return self._call(lambda: self.raw.compare_set(key, "", value))  # type: ignore[no-any-return]
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a counter; its new value."""
+        return int(self._call(lambda: self.raw.add(key, amount)))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove keys."""
+        self._call(lambda: [self.raw.delete_key(key) for key in keys])
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        if self._lost is not None:
+            raise PeerError(self._lost)
+        done = threading.Event()
+        result: list[Any] = []
+        failure: list[Exception] = []
+
+        def call() -> None:
+            try:
+                result.append(function())
+            except Exception as error:  # raised again where the call was made
+                failure.append(error)
+            done.set()
+
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="commplane store", daemon=True)
+                self._thread.start()
+        self._calls.put(call)
+        if not done.wait(self._timeout):
+            self._lost = (
+                f"the store has not answered for {self._timeout:g} s: its host, rank 0 or the launcher, is stopped or cut off"
+            )
+            raise PeerError(self._lost)
+        if failure and isinstance(failure[0], RuntimeError):  # c10d raises DistStoreError and DistNetworkError
+            self._lost = f"the store does not answer, its host, rank 0 or the launcher, is likely gone: {failure[0]}"
+            raise PeerError(self._lost) from failure[0]
+        if failure:
+            raise failure[0]
+        return result[0]
+
+    def _serve(self) -> None:
+        while True:
+            self._calls.get()()
