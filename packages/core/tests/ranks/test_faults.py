@@ -213,9 +213,11 @@ def stalls(store: Any, rank: int, world_size: int) -> dict[str, Any]:
     config = {"timeout": TIMEOUT_S}
     plane = commplane.init(store=store, rank=rank, world_size=world_size, plugins=faulty.PluginHost(), config=config)
     if rank == 1:
+        store.wait(["rank 0 has given up"])  # alive, and never where it is waited for
         return {}
     with pytest.raises(errors.PeerError) as caught:
         plane.communicator("tp", [0, 1])
+    store.set("rank 0 has given up", "1")
     return {"missing": list(caught.value.missing_ranks), "text": str(caught.value)}
 
 
