@@ -328,6 +328,10 @@ def test_layouts_that_hold_no_plain_numbers_are_refused_or_resolved() -> None:
         tp = plane.communicator("tp")
         with pytest.raises(errors.UnsupportedOperation, match="wanted a dense tensor"):
             tp.all_reduce(torch.eye(3).to_sparse())
+        for call in (tp.all_reduce_, tp.broadcast):
+            with pytest.raises(errors.UnsupportedOperation, match="can be written in place, found one expanded"):
+                call(torch.ones(1).expand(3))
+        assert tp.all_reduce(torch.ones(1).expand(3)).tolist() == [2.0, 2.0, 2.0]
         negative = torch.tensor([3.0 + 4.0j], dtype=torch.complex64).conj().imag
         assert negative.is_neg() and tp.all_reduce(negative).item() == -8.0
         assert tp.all_reduce(torch.ones(1)).item() == 2.0

@@ -220,7 +220,7 @@ def _load_fastcall(library_path: Path) -> ModuleType | None:
 def load(binding: str | None = None, library: str | os.PathLike[str] | None = None) -> Native:
     """Load the native library, check its ABI and bind the hot calls. Local.
 
-    ``binding`` is ``"abi3"``, ``"ctypes"`` or None for the environment's choice, else the best there is. Raises
+    ``binding`` is ``"abi3"``, ``"ctypes"``, or ``"auto"`` or None for the best there is. Raises
     NativeLibraryError, an ImportError.
     """
     path = Path(library) if library is not None else _find_library()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from commplane.api import Bootstrap, BuildContext, Collective, CommBackend, ReduceOp, Requirement, Workspace
+from commplane.api import Bootstrap, BuildContext, Collective, CommBackend, ReduceOp, Requirement, Workspace, refuse_overlap
 from commplane.errors import CommunicatorError, MismatchError, PeerError, UnsupportedOperation
 from commplane_custom_ar import _native
 from commplane_custom_ar._native import DTYPES, OPS, Comm, Segment
@@ -177,10 +177,11 @@ class CustomAllReduce(CommBackend):
             return super().bind(collective, op, dtype, in_place=in_place)
         native, handle = self._native.all_reduce, self._open().comm.handle
         dtype_code, op_code = DTYPES[str(dtype).removeprefix("torch.")], OPS[str(op)]
-        fail, dense_of, empty_like = self._error, self._dense, torch.empty_like
+        fail, dense_of, empty_like, who = self._error, self._dense, torch.empty_like, self._context.who
 
         def all_reduce_(tensor: torch.Tensor) -> torch.Tensor:
             if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
+                refuse_overlap(tensor, who)
                 tensor.detach().copy_(all_reduce_(dense_of(tensor)))
                 return tensor
             pointer = tensor.data_ptr()

@@ -17,7 +17,9 @@ def probe(request: ProbeRequest, facts: Facts) -> Verdict:
     try:
         from commplane_custom_ar import _native
 
-        isa = _native.isa()
+        chosen = request.options["isa"]
+        isa = _native.isa() if chosen == "auto" else chosen
+        binding = _native.load(request.options["binding"]).binding
     except (ImportError, OSError) as error:
         return Unusable(f"the native library does not load: {error}")
-    return Usable({"isa": isa, "binding": _native.BINDING, "oversubscribed": facts.oversubscribed(request.ranks)})
+    return Usable({"isa": isa, "binding": binding, "oversubscribed": facts.oversubscribed(request.ranks)})

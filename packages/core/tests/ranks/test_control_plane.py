@@ -252,3 +252,37 @@ def test_a_plugin_that_raises_on_its_settings_is_left_out_and_stops_no_other() -
     with pytest.warns(errors.CommplaneWarning, match="cannot live with that"):
         assert run(2, rank_main, plugins=plugins) == [2.0, 2.0]
     assert [g.seen for g in good] == [[FOREVER_S], [FOREVER_S]]
+
+
+def test_two_control_plane_calls_that_differ_poison_the_communicator_on_both_ranks() -> None:
+    def rank_main(plane: Plane) -> None:
+        tp = plane.communicator("tp")
+        with pytest.raises(errors.AgreementError, match="ranks make different calls"):
+            if plane.rank:
+                tp.prepare("all_reduce", max_bytes=8)
+            else:
+                tp.empty(8)
+        with pytest.raises(errors.AgreementError, match="poisoned"):
+            tp.all_reduce(torch.ones(1))
+
+    assert run(2, rank_main) == [None, None]
+
+
+def test_a_policy_that_fails_on_one_rank_is_the_error_whatever_the_others_answer() -> None:
+    class Policy:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        @hookimpl
+        def commplane_select_backend(self, request: Any, candidates: Any) -> Any:
+            if self.rank:
+                raise RuntimeError("no opinion")
+            return tuple(candidates)
+
+    def plugins(rank: int) -> PluginHost:
+        host = PluginHost()
+        host.register(Policy(rank), "policy")
+        return host
+
+    for error in run(2, lambda plane: plane.communicator("tp"), plugins=plugins):
+        assert isinstance(error, errors.SelectionError) and "rank 1: RuntimeError: no opinion" in str(error), error

@@ -40,8 +40,8 @@ def joint_verdict(
 ) -> str | None:
     """Vote: None if every rank succeeded, else the reasons in one text that is equal on every rank. Collective.
 
-    Ranks that failed only because another did are left out of the text where the cause is known. `digest`, if given, is
-    compared on the way.
+    Ranks that failed only because another did are left out of the text where the cause is known. Where all succeeded,
+    their `digest` is compared.
 
     Raises:
         AgreementError: the digests differ.
@@ -49,21 +49,20 @@ def joint_verdict(
     """
     vote = {"problem": problem and problem.text, "derived": problem is not None and problem.derived, "digest": digest}
     votes = bootstrap.all_gather(vote, what=f"vote on {what}", timeout=timeout)
-    text = difference(f"the plan before {what}", dict(zip(bootstrap.ranks, (v["digest"] for v in votes), strict=True)))
-    if text is not None:
-        raise AgreementError(f"{text}; does a commplane_select_backend hook answer differently on some rank?")
     failed = [(rank, v) for rank, v in zip(bootstrap.ranks, votes, strict=True) if v["problem"] is not None]
     causes = [(rank, v["problem"]) for rank, v in failed if not v["derived"]]
     reasons: dict[str, list[int]] = {}
     for rank, reason in causes or [(rank, v["problem"]) for rank, v in failed]:
         reasons.setdefault(reason, []).append(rank)
-    return (
-        "; ".join(
+    if reasons:
+        return "; ".join(
             f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {reason}"
             for reason, ranks in reasons.items()
         )
-        or None
-    )
+    text = difference(f"the plan before {what}", dict(zip(bootstrap.ranks, (v["digest"] for v in votes), strict=True)))
+    if text is not None:
+        raise AgreementError(f"{text}; does a commplane_select_backend hook answer differently on some rank?")
+    return None
 
 
 @dataclass

@@ -5,7 +5,7 @@ Importing this loads neither torch nor any plugin.
 
 from __future__ import annotations
 
-from commplane.api.backend import BuildContext, CommBackend, ProbeRequest
+from commplane.api.backend import BuildContext, CommBackend, ProbeRequest, refuse_overlap
 from commplane.api.bootstrap import Bootstrap, Deadline
 from commplane.api.facts import Facts, RankFacts
 from commplane.api.group import GroupKey
@@ -47,5 +47,6 @@ __all__ = [
     "Workspace",
     "hookimpl",
     "owned_name",
+    "refuse_overlap",
     "sweep",
 ]

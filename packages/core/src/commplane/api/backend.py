@@ -17,7 +17,15 @@ from commplane.errors import UnsupportedOperation
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BuildContext", "CommBackend", "ProbeRequest"]
+__all__ = ["BuildContext", "CommBackend", "ProbeRequest", "refuse_overlap"]
+
+
+def refuse_overlap(tensor: torch.Tensor, who: str) -> None:
+    """Raise for a tensor that shows one number at several places and so cannot be written, before anything is sent. Local."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise UnsupportedOperation(
+            f"{who} wanted a tensor that can be written in place, found one expanded to {list(tensor.shape)}: clone it"
+        )
 
 
 @dataclass(frozen=True)

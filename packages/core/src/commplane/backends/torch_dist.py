@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commplane.api import BuildContext, CommBackend, ReduceOp
+from commplane.api import BuildContext, CommBackend, ReduceOp, refuse_overlap
 from commplane.errors import MismatchError, PeerError, UnsupportedOperation
 
 __all__ = ["TorchDistributed"]
@@ -46,6 +46,7 @@ class TorchDistributed(CommBackend):
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """Any layout; a copy is made where it is not contiguous."""
         self._check(tensor, op)
+        refuse_overlap(tensor, self._context.who)
         dense = tensor.detach().resolve_neg().contiguous()
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
@@ -82,6 +83,7 @@ class TorchDistributed(CommBackend):
     def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """In place from group rank `src`."""
         self._check(tensor)
+        refuse_overlap(tensor, self._context.who)
         dense = tensor.detach().resolve_neg().contiguous()
         options = dist.BroadcastOptions()
         options.rootRank = src

@@ -104,9 +104,6 @@ class PluginHost:
             {name: r.spec.options for name, r in host.registered(BackendSpec).items()},  # type: ignore[attr-defined]
             absent={p.plugin.replace("-", "_") for p in host.problems} | {n for p in host.problems for n in p.names},
         )
-        asked = [p for p in host.problems if p.plugin in named and p.kind is not Kind.DENIED]
-        if asked:
-            raise as_error(asked, len(host.candidates), core_version())
         for problem in host.problems:
             if problem.kind is not Kind.DENIED:
                 warnings.warn(
@@ -115,6 +112,9 @@ class PluginHost:
                     stacklevel=2,
                 )
         host.configure(host.config)
+        asked = [p for p in host.problems if p.plugin in named and p.kind is not Kind.DENIED]
+        if asked:
+            raise as_error(asked, len(host.candidates), core_version())
         return host
 
     def configure(self, config: Config) -> None:

@@ -11,6 +11,7 @@ from commplane.agree import StoreBootstrap, close_backend, joint_verdict, setbac
 from commplane.agree.build import abort_backend
 from commplane.api import Capability, Collective, CommBackend, GroupKey, Requirement, Workspace
 from commplane.errors import (
+    AgreementError,
     CaptureError,
     CommplaneError,
     CommunicatorError,
@@ -184,10 +185,12 @@ class Communicator:
         """
         import torch
 
-        total = self.all_reduce(tensor).add_(residual)
-        wide = total.to(torch.promote_types(total.dtype, torch.float32))
-        norm = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
-        return norm.to(total.dtype), total
+        total = self.all_reduce(tensor)
+        with torch.no_grad():
+            total.add_(residual)
+            wide = total.to(torch.promote_types(total.dtype, torch.float32))
+            norm = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
+            return norm.to(total.dtype), total
 
     def _at_least_one_dimension(self, what: str, tensor: torch.Tensor) -> None:
         if tensor.dim() == 0:
@@ -287,8 +290,10 @@ class Communicator:
                     for attempt in self._attempts:
                         attempt.fail(problem.text)
             reasons = joint_verdict(self._bootstrap, what, problem, 2 * self._startup_timeout)
-        except PeerError as error:
-            self.poison(error)
+        except BaseException as error:  # a rank is lost, or this one was interrupted: the ranks are no longer in step
+            for attempt in self._attempts:
+                attempt.fail(f"{type(error).__name__} in {what}")
+            self.poison(error if isinstance(error, Exception) else AgreementError(f"{self.who} {what} was interrupted"))
             raise
         if reasons is not None:
             if problem is None:
@@ -305,7 +310,7 @@ class Communicator:
         self.check_usable(what)
         try:
             values = self._bootstrap.all_gather(value, what=what, timeout=self._startup_timeout)
-        except PeerError as error:
+        except (PeerError, AgreementError) as error:
             self.poison(error)
             raise
         text = difference(f"the arguments of {what}", dict(zip(self.ranks, values, strict=True)))

@@ -311,6 +311,7 @@ class Plane:
         answer, problem = None, None
         try:
             answer = self.plugins.select_backend(request, draft.order)
+            answer = None if answer is None else list(answer)
         except Exception as error:  # a site's policy that fails is a vote of the whole group
             problem = setback(error)
         reasons = joint_verdict(bootstrap, "commplane_select_backend", problem, self.config.startup, repr(answer))

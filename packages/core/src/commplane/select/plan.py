@@ -147,7 +147,7 @@ class Plan:
             size = "" if (low, high) == (0, None) else f", {low} <= bytes < {high or 'inf'}"
             some = f" {', '.join(sorted(ops))}" if collective.reduces and len(ops) < len(ReduceOp) else ""
             what = "" if collective is Collective.BARRIER else f" {', '.join(sorted(dtypes))}"
-            lines.append(f"{collective!s:<15}{backend:<11}{some}{what}{size}")
+            lines.append(f"{collective!s:<15}{backend:<11}{some}{what}{size}".rstrip())
         return lines
 
     def _why_not(self, spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int) -> str:
