@@ -9,7 +9,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from commplane.agree import (
@@ -19,31 +18,26 @@ from commplane.agree import (
     Forming,
     PeerFailed,
     StoreBootstrap,
-    build_backend,
-    close_backend,
     exchange_facts,
-    joint_verdict,
-    probe_all,
     setback,
 )
-from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, GroupKey, ProbeRequest, SyncSpec
+from commplane.api import BackendSpec, GroupKey, SyncSpec
 from commplane.config import Config
 from commplane.errors import (
     AgreementError,
     CaptureError,
     CommplaneError,
-    CommplaneWarning,
     CommunicatorError,
     ConfigError,
     MismatchError,
-    SelectionError,
 )
 from commplane.notice import notice
 from commplane.plugins import PluginHost
 from commplane.runtime.communicator import Communicator
+from commplane.runtime.formation import Formation
 from commplane.runtime.rendezvous import World, find_world
 from commplane.runtime.sync import SyncRound
-from commplane.select import LAST_RESORT, Candidate, Draft, Plan, choose, compile_routes, difference
+from commplane.select import LAST_RESORT, difference
 
 __all__ = ["Plane", "init"]
 
@@ -231,8 +225,8 @@ class Plane:
         with self._activity.forming(Forming(key, instance, bootstrap.first_decision)):
             try:
                 self.plugins.require(wanted)
-                draft = self._agree(key, wanted, bootstrap)
-                plan, built, attempts = self._build(key, where, draft, bootstrap, who, wanted)
+                formation = Formation(self.plugins, self.config, self.facts, key, where, wanted, bootstrap, who)
+                plan, built, attempts = formation.run()
             except Exception as error:
                 # If it happened on this rank alone, the others are told in the round that they wait in.
                 bootstrap.fail(setback(error).text)
@@ -296,116 +290,6 @@ class Plane:
             raise ConfigError(f"communicator {name!r}: wanted ranks below {self.world_size}, found {list(members)}")
         if self.rank not in members:
             raise ConfigError(f"communicator {name!r} over {list(members)}: rank {self.rank} is not in it and must not create it")
-
-    def _agree(self, key: GroupKey, wanted: list[str], bootstrap: StoreBootstrap) -> Draft:
-        """Probe, publish, choose. Collective."""
-        request = ProbeRequest(key, bootstrap.rank, {})
-        verdicts = probe_all(self.plugins.backends(), request, self.config.options, self.facts, self.config.startup)
-        mine = {
-            "request": {"name": key.purpose, "ranks": list(key.ranks), "device": key.device, "backends": wanted},
-            "backends": verdicts,
-        }
-        # A probe may take its whole deadline on one rank.
-        submissions = bootstrap.all_gather(mine, what="agreement", timeout=2 * self.config.startup)
-        draft = choose(key, submissions)
-        answer, problem = None, None
-        try:
-            answer = self.plugins.select_backend(request, draft.order)
-            answer = None if answer is None else list(answer)
-        except Exception as error:  # a site's policy that fails is a vote of the whole group
-            problem = setback(error)
-        reasons = joint_verdict(bootstrap, "commplane_select_backend", problem, self.config.startup, repr(answer))
-        if reasons is not None:
-            raise SelectionError(f"[{key.purpose}] commplane_select_backend failed: {reasons}")
-        if answer is None:
-            return draft
-        kept = [n for n in dict.fromkeys(answer) if n in draft.order and n != LAST_RESORT]
-        dropped = [
-            Candidate(n, submissions[0]["backends"][n]["dist"], "policy", "left out by commplane_select_backend")
-            for n in draft.order
-            if n not in kept and n != LAST_RESORT
-        ]
-        last = [n for n in draft.order if n == LAST_RESORT]
-        return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts)
-
-    def _build(
-        self, key: GroupKey, device: str, draft: Draft, bootstrap: StoreBootstrap, who: str, wanted: list[str]
-    ) -> tuple[Plan, dict[str, CommBackend], list[StoreBootstrap]]:
-        """Open what was chosen, each on all ranks or on none. Collective."""
-        from commplane.agree.canary import check, verify_overrides
-
-        registered = self.plugins.backends()
-        digest = repr((draft.order, draft.refused))
-        outcomes: list[Candidate] = []
-        built: dict[str, CommBackend] = {}
-        attempts: list[StoreBootstrap] = []
-        try:
-            for name in draft.order:
-                entry = registered[name]
-                spec = entry.spec
-                assert isinstance(spec, BackendSpec)
-                seconds = self.config.startup
-                # Shorter than the attempt, so that a rank that waits in vain for one that stalls can still say for whom.
-                attempt = bootstrap.child(f"build/{name}", who=f"{who[:-1]} {name}]", timeout=0.75 * seconds)
-                context = BuildContext(
-                    backend=name,
-                    key=key,
-                    rank=bootstrap.rank,
-                    device=device,
-                    bootstrap=attempt,
-                    facts=self.facts,
-                    deadline=Deadline(seconds),
-                    timeout=self.config.run,
-                    options=self.config.options.get(name, {}),
-                )
-
-                def make(spec: BackendSpec = spec, context: BuildContext = context) -> CommBackend:
-                    backend = self.plugins.build_communicator(spec, context)
-                    verify_overrides(spec, backend)
-                    return backend
-
-                dist = f"{entry.dist or entry.plugin} {entry.version}"
-                result = build_backend(spec, dist, make, context, attempt, bootstrap, digest, check)
-                outcomes.append(replace(result.candidate, facts=draft.facts[name]))
-                if result.backend is not None:
-                    built[name] = result.backend
-                    attempts.append(attempt)
-            specs = tuple(registered[n].spec for n in draft.order if n in built)
-            refused = tuple(sorted(draft.refused, key=lambda c: c.name))
-            numerics = self.config.numerics
-            plan = Plan(key, (*outcomes, *refused), compile_routes(specs, numerics), specs, numerics)  # type: ignore[arg-type]
-            self._warn_of_refusals(plan, wanted)
-            text = difference(
-                "the plan",
-                dict(zip(key.ranks, bootstrap.all_gather(plan.digest, what="commit"), strict=True)),
-            )
-            if text is not None:
-                raise AgreementError(f"[{key.purpose}] {text}")
-            if not built:
-                reasons = "; ".join(f"{c.name} ({c.state}): {c.reason}" for c in plan.candidates)
-                raise SelectionError(f"[{key.purpose}] no backend is left for {key}: {reasons or 'none is installed'}")
-        except BaseException:
-            for name, backend in built.items():
-                close_backend(name, backend)
-            raise
-        return plan, built, attempts
-
-    def _warn_of_refusals(self, plan: Plan, wanted: list[str]) -> None:
-        """One warning for each backend that was asked for by name and refused, on the group's first rank only.
-
-        Before the commit: where warnings are errors, no rank gets the communicator.
-        """
-        if self.rank != plan.key.ranks[0]:
-            return
-        for c in plan.candidates:
-            if not c.ready and c.name in wanted:
-                hosts = self.facts.describe_hosts(plan.key.ranks)
-                warnings.warn(
-                    f"backend {c.name!r} was asked for but communicator {plan.key} ({hosts}) runs on "
-                    f"{', '.join(plan.backends)}: {c.state}: {c.reason}",
-                    CommplaneWarning,
-                    stacklevel=4,
-                )
 
     @contextmanager
     def capture(self) -> Iterator[None]:

@@ -1,0 +1,170 @@
+"""From a list of ranks to a plan and open backends: agree, build, canary, commit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+from commplane.agree import StoreBootstrap, build_backend, close_backend, joint_verdict, probe_all, setback
+from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, Facts, GroupKey, ProbeRequest
+from commplane.config import Config
+from commplane.errors import AgreementError, CommplaneWarning, SelectionError
+from commplane.plugins import PluginHost
+from commplane.select import LAST_RESORT, Candidate, Draft, Plan, choose, compile_routes, difference
+
+__all__ = ["Formation"]
+
+
+class Formation:
+    """One attempt to form one communicator. Every method that communicates is collective over the group.
+
+    Args:
+        plugins: the loaded plugins.
+        config: the resolved settings.
+        facts: of all ranks.
+        key: the group.
+        device: of this process for this group.
+        wanted: backends asked for by name, in the order of preference; empty for the order of priority.
+        bootstrap: control plane of the communicator.
+        who: how errors of this rank begin.
+    """
+
+    def __init__(
+        self,
+        plugins: PluginHost,
+        config: Config,
+        facts: Facts,
+        key: GroupKey,
+        device: str,
+        wanted: Sequence[str],
+        bootstrap: StoreBootstrap,
+        who: str,
+    ) -> None:
+        self._plugins = plugins
+        self._config = config
+        self._facts = facts
+        self._key = key
+        self._device = device
+        self._wanted = list(wanted)
+        self._bootstrap = bootstrap
+        self._who = who
+
+    def run(self) -> tuple[Plan, dict[str, CommBackend], list[StoreBootstrap]]:
+        """The plan, the open backends by name, and the control plane of each, in the order of the plan."""
+        return self._build(self._agree())
+
+    def _agree(self) -> Draft:
+        """Probe, publish, choose. Collective."""
+        request = ProbeRequest(self._key, self._bootstrap.rank, {})
+        verdicts = probe_all(self._plugins.backends(), request, self._config.options, self._facts, self._config.startup)
+        mine = {
+            "request": {
+                "name": self._key.purpose,
+                "ranks": list(self._key.ranks),
+                "device": self._key.device,
+                "backends": self._wanted,
+            },
+            "backends": verdicts,
+        }
+        # A probe may take its whole deadline on one rank.
+        submissions = self._bootstrap.all_gather(mine, what="agreement", timeout=2 * self._config.startup)
+        draft = choose(self._key, submissions)
+        answer, problem = None, None
+        try:
+            answer = self._plugins.select_backend(request, draft.order)
+            answer = None if answer is None else list(answer)
+        except Exception as error:  # a site's policy that fails is a vote of the whole group
+            problem = setback(error)
+        reasons = joint_verdict(self._bootstrap, "commplane_select_backend", problem, self._config.startup, repr(answer))
+        if reasons is not None:
+            raise SelectionError(f"[{self._key.purpose}] commplane_select_backend failed: {reasons}")
+        if answer is None:
+            return draft
+        kept = [n for n in dict.fromkeys(answer) if n in draft.order and n != LAST_RESORT]
+        dropped = [
+            Candidate(n, submissions[0]["backends"][n]["dist"], "policy", "left out by commplane_select_backend")
+            for n in draft.order
+            if n not in kept and n != LAST_RESORT
+        ]
+        last = [n for n in draft.order if n == LAST_RESORT]
+        return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts)
+
+    def _build(self, draft: Draft) -> tuple[Plan, dict[str, CommBackend], list[StoreBootstrap]]:
+        """Open what was chosen, each on all ranks or on none. Collective."""
+        from commplane.agree.canary import check, verify_overrides
+
+        registered = self._plugins.backends()
+        digest = repr((draft.order, draft.refused))
+        outcomes: list[Candidate] = []
+        built: dict[str, CommBackend] = {}
+        attempts: list[StoreBootstrap] = []
+        try:
+            for name in draft.order:
+                entry = registered[name]
+                spec = entry.spec
+                assert isinstance(spec, BackendSpec)
+                seconds = self._config.startup
+                # Shorter than the attempt, so that a rank that waits in vain for one that stalls can still say for whom.
+                attempt = self._bootstrap.child(f"build/{name}", who=f"{self._who[:-1]} {name}]", timeout=0.75 * seconds)
+                context = BuildContext(
+                    backend=name,
+                    key=self._key,
+                    rank=self._bootstrap.rank,
+                    device=self._device,
+                    bootstrap=attempt,
+                    facts=self._facts,
+                    deadline=Deadline(seconds),
+                    timeout=self._config.run,
+                    options=self._config.options.get(name, {}),
+                )
+
+                def make(spec: BackendSpec = spec, context: BuildContext = context) -> CommBackend:
+                    backend = self._plugins.build_communicator(spec, context)
+                    verify_overrides(spec, backend)
+                    return backend
+
+                dist = f"{entry.dist or entry.plugin} {entry.version}"
+                result = build_backend(spec, dist, make, context, attempt, self._bootstrap, digest, check)
+                outcomes.append(replace(result.candidate, facts=draft.facts[name]))
+                if result.backend is not None:
+                    built[name] = result.backend
+                    attempts.append(attempt)
+            specs = tuple(registered[n].spec for n in draft.order if n in built)
+            refused = tuple(sorted(draft.refused, key=lambda c: c.name))
+            numerics = self._config.numerics
+            plan = Plan(self._key, (*outcomes, *refused), compile_routes(specs, numerics), specs, numerics)  # type: ignore[arg-type]
+            self._warn_of_refusals(plan)
+            text = difference(
+                "the plan",
+                dict(zip(self._key.ranks, self._bootstrap.all_gather(plan.digest, what="commit"), strict=True)),
+            )
+            if text is not None:
+                raise AgreementError(f"[{self._key.purpose}] {text}")
+            if not built:
+                reasons = "; ".join(f"{c.name} ({c.state}): {c.reason}" for c in plan.candidates)
+                raise SelectionError(
+                    f"[{self._key.purpose}] no backend is left for {self._key}: {reasons or 'none is installed'}"
+                )
+        except BaseException:
+            for name, backend in built.items():
+                close_backend(name, backend)
+            raise
+        return plan, built, attempts
+
+    def _warn_of_refusals(self, plan: Plan) -> None:
+        """One warning for each backend that was asked for by name and refused, on the group's first rank only.
+
+        Before the commit: where warnings are errors, no rank gets the communicator.
+        """
+        if self._bootstrap.rank != 0:
+            return
+        for c in plan.candidates:
+            if not c.ready and c.name in self._wanted:
+                hosts = self._facts.describe_hosts(plan.key.ranks)
+                warnings.warn(
+                    f"backend {c.name!r} was asked for but communicator {plan.key} ({hosts}) runs on "
+                    f"{', '.join(plan.backends)}: {c.state}: {c.reason}",
+                    CommplaneWarning,
+                    stacklevel=4,
+                )
