@@ -166,5 +166,5 @@ class Formation:
                     f"backend {c.name!r} was asked for but communicator {plan.key} ({hosts}) runs on "
                     f"{', '.join(plan.backends)}: {c.state}: {c.reason}",
                     CommplaneWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
