@@ -55,7 +55,6 @@ STATUS: Final[dict[int, str]] = {
 OK: Final = 0
 EINVAL: Final = -1
 ENOSPC: Final = -4
-EEXIST: Final = -5
 ETIMEDOUT: Final = -9
 EABORTED: Final = -10
 EMISMATCH: Final = -11
@@ -260,7 +259,6 @@ def load(binding: str | None = None, library: str | os.PathLike[str] | None = No
 
 _NATIVE: Final = load()
 _library: Final = _NATIVE.library
-BINDING: Final = _NATIVE.binding
 
 # The hot path: all_reduce(handle, in_ptr, out_ptr, count, dtype, op) and barrier(handle), collective, return the status.
 all_reduce: Final[AllReduceFunction] = _NATIVE.all_reduce

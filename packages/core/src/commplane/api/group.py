@@ -29,9 +29,5 @@ class GroupKey:
         text = json.dumps([list(self.ranks), self.device, self.purpose])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def global_rank(self, group_rank: int) -> int:
-        """The one place where a group rank becomes a global rank."""
-        return self.ranks[group_rank]
-
     def __str__(self) -> str:
         return f"{self.purpose!r} over {list(self.ranks)} on {self.device}"
