@@ -8,6 +8,7 @@ from __future__ import annotations
 from commplane.api.backend import BuildContext, CommBackend, ProbeRequest, refuse_overlap
 from commplane.api.bootstrap import Bootstrap, Deadline
 from commplane.api.facts import Facts, RankFacts
+from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
 from commplane.api.markers import hookimpl
 from commplane.api.shm import owned_name, sweep
@@ -29,6 +30,7 @@ __all__ = [
     "CommBackend",
     "Deadline",
     "Facts",
+    "FlightRecord",
     "GroupKey",
     "Numerics",
     "PageStoreSpec",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from commplane.api.bootstrap import Bootstrap, Deadline
 from commplane.api.facts import Facts
+from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
 from commplane.api.types import Capability, Collective, ReduceOp
 from commplane.api.workspace import Requirement, Workspace
@@ -98,7 +99,12 @@ class CommBackend(ABC):
     Errors: `PeerError` when peers are missing at the deadline, `MismatchError` when ranks called with different arguments,
     `UnsupportedOperation` for anything not served. Never a silent no-op.
     Override what the spec's capabilities declare; the rest raises `UnsupportedOperation`.
+
+    Attributes:
+        keeps_flight_records: True where `flight_records` is implemented. Else core records each call, which costs more.
     """
+
+    keeps_flight_records: ClassVar[bool] = False
 
     @abstractmethod
     def open(self, context: BuildContext) -> None:
@@ -148,6 +154,18 @@ class CommBackend(ABC):
 
     def abort(self) -> None:
         """Make peers that wait for this rank stop waiting. Local; optional."""
+
+    def flight_records(self) -> Sequence[FlightRecord]:
+        """The last calls, oldest first. Local, from any thread, also while another is in a call and after a fault."""
+        return ()
+
+    def bare(self, tensor: torch.Tensor, op: ReduceOp) -> Callable[[], object] | None:
+        """The transport's own in-place all-reduce of `tensor`, every argument fixed; None where there is no such call.
+
+        For measuring alone: what dispatch costs is the difference to `Communicator.all_reduce_`. The call is collective and
+        checks nothing; its result is not looked at.
+        """
+        return None
 
     def bind(
         self, collective: Collective, op: ReduceOp | None, dtype: torch.dtype | None, *, in_place: bool
