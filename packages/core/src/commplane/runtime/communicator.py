@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from commplane.agree import StoreBootstrap, close_backend, joint_verdict, setback
+from commplane.agree import StoreBootstrap, close_backend
 from commplane.agree.build import abort_backend
-from commplane.api import Capability, Collective, CommBackend, GroupKey, Requirement, Workspace
-from commplane.errors import (
-    AgreementError,
-    CaptureError,
-    CommplaneError,
-    CommunicatorError,
-    MismatchError,
-    PeerError,
-    UnsupportedOperation,
-)
+from commplane.api import Capability, CommBackend, GroupKey
+from commplane.errors import CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
 from commplane.notice import notice
 from commplane.plugins import PluginHost
+from commplane.runtime.capture import agree_on_capture
 from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable
-from commplane.select import Plan, difference
+from commplane.runtime.joint import JointSteps
+from commplane.runtime.memory import GroupMemory
+from commplane.select import Plan
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Communicator"]
-
-T = TypeVar("T")
 
 
 class Communicator:
@@ -71,13 +63,12 @@ class Communicator:
         self.plan = plan
         self._named = dict(backends)
         self._bootstrap = bootstrap
-        self._attempts = tuple(attempts)
-        self._steps = 0
+        self._joint = JointSteps(self.who, bootstrap, attempts, startup_timeout)
+        self._memory = GroupMemory(self.who, plan, self._named, device, self._joint)
         self._host = host
         self._startup_timeout = startup_timeout
         self._on_fault = on_fault
         self._on_close = on_close
-        self._workspaces: list[Workspace] = []
         self._live = DispatchTable(self.who, plan, self._named)
         self._table: dict[Any, Callable[..., Any]] = self._live
         self._fault: Exception | None = None
@@ -215,25 +206,9 @@ class Communicator:
             MismatchError: the ranks declared different things.
             CommunicatorError: some rank could not build; all ranks then close what they built in this call.
         """
-        if collective not in Collective._value2member_map_:
-            raise UnsupportedOperation(f"{self.who} prepare wants one of {', '.join(Collective)}, found {collective!r}")
-        need = Requirement(Collective(collective), str(dtype).removeprefix("torch."), int(max_bytes))
-        if need.max_bytes < 0:
-            raise UnsupportedOperation(f"{self.who} prepare wants max_bytes of 0 or more, found {max_bytes}")
-
-        def build() -> list[Workspace]:
-            return self._host.init_workspace(self, [need])
-
-        def undo(built: Iterable[Workspace]) -> None:
-            for workspace in built:
-                workspace.close()
-
-        value = {"collective": str(need.collective), "dtype": need.dtype, "max_bytes": need.max_bytes}
+        self.check_usable("prepare")
         try:
-            built = self._joint("prepare", value, build, undo)
-            for workspace in built:
-                workspace.commit()
-            self._workspaces.extend(built)
+            self._memory.prepare(collective, dtype, max_bytes, lambda needs: self._host.init_workspace(self, needs), self.poison)
         finally:
             self._live.clear()  # backends are bound anew, to what they have now
 
@@ -247,59 +222,8 @@ class Communicator:
             shape: integers or one sequence of them, as for `torch.empty`; same on every rank.
             dtype: same on every rank; if unset, torch's default.
         """
-        import torch
-
-        kind = torch.get_default_dtype() if dtype is None else dtype
-        name = str(kind).removeprefix("torch.")
-        given = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-        try:
-            sizes = tuple(operator.index(n) for n in given)
-        except TypeError:
-            raise UnsupportedOperation(f"{self.who} empty wants integers, found {given}") from None
-        if any(n < 0 for n in sizes):
-            raise UnsupportedOperation(f"{self.who} empty wants sizes of 0 or more, found {list(sizes)}")
-        backend = next(
-            (
-                self._named[s.name]
-                for s in self.plan.specs
-                if Capability.SYMMETRIC_MEMORY in s.capabilities and (not s.dtypes or name in s.dtypes)
-            ),
-            None,
-        )
-
-        def allocate() -> torch.Tensor:
-            if backend is None:
-                return torch.empty(sizes, dtype=kind, device=self.device)
-            return backend.empty(sizes, kind)
-
-        return self._joint("empty", {"shape": list(sizes), "dtype": name}, allocate, lambda _tensor: None)
-
-    def _joint(self, what: str, value: Mapping[str, Any], act: Callable[[], T], undo: Callable[[T], None]) -> T:
-        """Compare `value` over the ranks, act, vote. On every rank or on none. Collective."""
-        self.compare(what, value)
-        self._steps += 1
-        for attempt in self._attempts:
-            attempt.begin(f"{what}/{self._steps}")
-        problem, result = None, None
-        try:
-            try:
-                result = act()
-            except Exception as error:  # whatever a plugin raises becomes a vote
-                problem = setback(error)
-                if not problem.derived:
-                    for attempt in self._attempts:
-                        attempt.fail(problem.text)
-            reasons = joint_verdict(self._bootstrap, what, problem, 2 * self._startup_timeout)
-        except BaseException as error:  # a rank is lost, or this one was interrupted: the ranks are no longer in step
-            for attempt in self._attempts:
-                attempt.fail(f"{type(error).__name__} in {what}")
-            self.poison(error if isinstance(error, Exception) else AgreementError(f"{self.who} {what} was interrupted"))
-            raise
-        if reasons is not None:
-            if problem is None:
-                undo(result)  # type: ignore[arg-type]
-            raise CommunicatorError(f"{self.who} {what} failed and was rolled back on all ranks: {reasons}")
-        return result  # type: ignore[return-value]
+        self.check_usable("empty")
+        return self._memory.empty(shape, dtype, self.poison)
 
     def compare(self, what: str, value: Mapping[str, Any]) -> None:
         """Raise on every rank if `value`, a JSON object, is not equal on all of them. Collective, over the control plane.
@@ -308,14 +232,7 @@ class Communicator:
             MismatchError: shows what differs; nothing is out of step, so the communicator goes on.
         """
         self.check_usable(what)
-        try:
-            values = self._bootstrap.all_gather(value, what=what, timeout=self._startup_timeout)
-        except (PeerError, AgreementError) as error:
-            self.poison(error)
-            raise
-        text = difference(f"the arguments of {what}", dict(zip(self.ranks, values, strict=True)))
-        if text is not None:
-            raise MismatchError(f"{self.who} {text}")
+        self._joint.compare(what, value, self.poison)
 
     def check_usable(self, what: str) -> None:
         """Raise what every call raises if this communicator is closed or poisoned, or a capture is open. Local."""
@@ -350,39 +267,11 @@ class Communicator:
             records = self._table.records if isinstance(self._table, RecordingTable) else []
             if self._fault is None:
                 self._table = self._live
-            outcome = self._agree_on_capture(records, error)
+            outcome = agree_on_capture(
+                self.who, self._bootstrap, self._capturing_backends(), self._startup_timeout, records, error, self.poison
+            )
         self._host.notify("commplane_capture_end", communicator=self, error=error or outcome)
         return outcome
-
-    def _agree_on_capture(self, records: list[str], error: BaseException | None) -> CaptureError | None:
-        failed = None if error is None else setback(error)
-        mine = {"problem": failed and failed.text, "derived": failed is not None and failed.derived, "records": records}
-        try:
-            votes = self._bootstrap.all_gather(mine, what="vote on capture", timeout=2 * self._startup_timeout)
-            problems = [(r, v) for r, v in zip(self.ranks, votes, strict=True) if v["problem"] is not None]
-            if problems:
-                causes = [(r, v) for r, v in problems if not v["derived"]] or problems
-                text = "; ".join(f"rank {r} failed inside the capture: {v['problem']}" for r, v in causes)
-                out = CaptureError(f"{self.who} {text}")
-                # Ranks may have stopped at different operations: what one sends next, another would take for an earlier one.
-                self.poison(out)
-                return out
-            text = _first_difference({r: v["records"] for r, v in zip(self.ranks, votes, strict=True)}) or ""
-            if text:
-                out = CaptureError(f"{self.who} {text}")
-                self.poison(out)
-                return out
-            problem = None
-            try:
-                for backend in self._capturing_backends():
-                    backend.capture_end(self._bootstrap)
-            except Exception as caught:  # whatever a plugin raises becomes a vote
-                problem = setback(caught)
-            reasons = joint_verdict(self._bootstrap, "registration after capture", problem, 2 * self._startup_timeout)
-            return None if reasons is None else CaptureError(f"{self.who} registration after the capture failed: {reasons}")
-        except CommplaneError as lost:
-            self.poison(lost)
-            return CaptureError(f"{self.who} vote on the capture failed: {lost}")
 
     # End of life.
 
@@ -434,11 +323,7 @@ class Communicator:
             self.abort()
         self._closed = True
         self._table = DeadTable(lambda: CommunicatorError(f"{self.who} is closed: create it again to go on"))
-        for workspace in self._workspaces:
-            try:
-                workspace.close()
-            except Exception as error:  # the rest has to go all the same
-                notice(f"close of a workspace of backend {workspace.backend!r} raised {error!r}")
+        self._memory.close()
         for name, backend in self._named.items():
             close_backend(name, backend)
         self._on_close(self)
@@ -460,18 +345,3 @@ class Communicator:
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
-
-
-def _first_difference(records: Mapping[int, Sequence[str]]) -> str | None:
-    """How the ranks' captured operations differ, or None. Pure."""
-    if len({tuple(r) for r in records.values()}) == 1:
-        return None
-    longest = max(map(len, records.values()))
-
-    def at(i: int) -> Iterable[tuple[int, str]]:
-        return ((rank, r[i] if i < len(r) else "nothing") for rank, r in records.items())
-
-    index = next(i for i in range(longest) if len({text for _, text in at(i)}) > 1)
-    counts = ", ".join(f"rank {rank} {len(r)}" for rank, r in records.items())
-    shown = "; ".join(f"rank {rank} has {text}" for rank, text in at(index))
-    return f"ranks captured different operations ({counts} in all), first at number {index + 1}: {shown}"

@@ -1,0 +1,76 @@
+"""The vote after a capture: every rank captured the same operations, and no rank failed inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from commplane.agree import StoreBootstrap, joint_verdict, setback
+from commplane.api import CommBackend
+from commplane.errors import CaptureError, CommplaneError
+
+__all__ = ["agree_on_capture"]
+
+
+def agree_on_capture(
+    who: str,
+    bootstrap: StoreBootstrap,
+    backends: Sequence[CommBackend],
+    timeout: float,
+    records: Sequence[str],
+    error: BaseException | None,
+    poison: Callable[[Exception], None],
+) -> CaptureError | None:
+    """What every rank is to raise, or None. Collective over the communicator.
+
+    Args:
+        who: how errors begin.
+        bootstrap: control plane of the communicator.
+        backends: those that capture; they exchange what replay needs once all ranks agree.
+        timeout: seconds that one wait at start-up may take; a vote may take twice as long.
+        records: what this rank captured, in order.
+        error: what the body of the capture raised on this rank.
+        poison: called where the ranks may be at different points.
+    """
+    failed = None if error is None else setback(error)
+    mine = {"problem": failed and failed.text, "derived": failed is not None and failed.derived, "records": list(records)}
+    try:
+        votes = bootstrap.all_gather(mine, what="vote on capture", timeout=2 * timeout)
+        problems = [(r, v) for r, v in zip(bootstrap.ranks, votes, strict=True) if v["problem"] is not None]
+        if problems:
+            causes = [(r, v) for r, v in problems if not v["derived"]] or problems
+            text = "; ".join(f"rank {r} failed inside the capture: {v['problem']}" for r, v in causes)
+            out = CaptureError(f"{who} {text}")
+            # Ranks may have stopped at different operations: what one sends next, another would take for an earlier one.
+            poison(out)
+            return out
+        text = _first_difference({r: v["records"] for r, v in zip(bootstrap.ranks, votes, strict=True)}) or ""
+        if text:
+            out = CaptureError(f"{who} {text}")
+            poison(out)
+            return out
+        problem = None
+        try:
+            for backend in backends:
+                backend.capture_end(bootstrap)
+        except Exception as caught:  # whatever a plugin raises becomes a vote
+            problem = setback(caught)
+        reasons = joint_verdict(bootstrap, "registration after capture", problem, 2 * timeout)
+        return None if reasons is None else CaptureError(f"{who} registration after the capture failed: {reasons}")
+    except CommplaneError as lost:
+        poison(lost)
+        return CaptureError(f"{who} vote on the capture failed: {lost}")
+
+
+def _first_difference(records: Mapping[int, Sequence[str]]) -> str | None:
+    """How the ranks' captured operations differ, or None. Pure."""
+    if len({tuple(r) for r in records.values()}) == 1:
+        return None
+    longest = max(map(len, records.values()))
+
+    def at(i: int) -> Iterable[tuple[int, str]]:
+        return ((rank, r[i] if i < len(r) else "nothing") for rank, r in records.items())
+
+    index = next(i for i in range(longest) if len({text for _, text in at(i)}) > 1)
+    counts = ", ".join(f"rank {rank} {len(r)}" for rank, r in records.items())
+    shown = "; ".join(f"rank {rank} has {text}" for rank, text in at(index))
+    return f"ranks captured different operations ({counts} in all), first at number {index + 1}: {shown}"

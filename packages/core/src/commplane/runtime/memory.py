@@ -1,0 +1,102 @@
+"""What a communicator builds beside its backends: workspaces, and tensors in symmetric memory."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from commplane.api import Capability, Collective, CommBackend, Requirement, Workspace
+from commplane.errors import UnsupportedOperation
+from commplane.notice import notice
+from commplane.runtime.joint import JointSteps
+from commplane.select import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["GroupMemory"]
+
+Poison = Callable[[Exception], None]
+
+
+class GroupMemory:
+    """Workspaces and symmetric memory of one communicator, built on every rank of its group or on none.
+
+    Args:
+        who: how errors begin.
+        plan: what runs in the group.
+        backends: the open backends by name.
+        device: where the group's tensors are.
+        joint: the communicator's joint steps.
+    """
+
+    def __init__(self, who: str, plan: Plan, backends: Mapping[str, CommBackend], device: str, joint: JointSteps) -> None:
+        self._who = who
+        self._plan = plan
+        self._backends = backends
+        self._device = device
+        self._joint = joint
+        self._workspaces: list[Workspace] = []
+
+    def prepare(
+        self,
+        collective: str,
+        dtype: torch.dtype | str,
+        max_bytes: int,
+        build: Callable[[Sequence[Requirement]], list[Workspace]],
+        poison: Poison,
+    ) -> None:
+        """`Communicator.prepare`; `build` makes the workspaces of this rank. Collective."""
+        if collective not in Collective._value2member_map_:
+            raise UnsupportedOperation(f"{self._who} prepare wants one of {', '.join(Collective)}, found {collective!r}")
+        need = Requirement(Collective(collective), str(dtype).removeprefix("torch."), int(max_bytes))
+        if need.max_bytes < 0:
+            raise UnsupportedOperation(f"{self._who} prepare wants max_bytes of 0 or more, found {max_bytes}")
+
+        def undo(built: Iterable[Workspace]) -> None:
+            for workspace in built:
+                workspace.close()
+
+        value = {"collective": str(need.collective), "dtype": need.dtype, "max_bytes": need.max_bytes}
+        built = self._joint.run("prepare", value, lambda: build([need]), undo, poison)
+        for workspace in built:
+            workspace.commit()
+        self._workspaces.extend(built)
+
+    def empty(self, shape: tuple[Any, ...], dtype: torch.dtype | None, poison: Poison) -> torch.Tensor:
+        """`Communicator.empty`. Collective."""
+        import torch
+
+        kind = torch.get_default_dtype() if dtype is None else dtype
+        name = str(kind).removeprefix("torch.")
+        given = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        try:
+            sizes = tuple(operator.index(n) for n in given)
+        except TypeError:
+            raise UnsupportedOperation(f"{self._who} empty wants integers, found {given}") from None
+        if any(n < 0 for n in sizes):
+            raise UnsupportedOperation(f"{self._who} empty wants sizes of 0 or more, found {list(sizes)}")
+        backend = next(
+            (
+                self._backends[s.name]
+                for s in self._plan.specs
+                if Capability.SYMMETRIC_MEMORY in s.capabilities and (not s.dtypes or name in s.dtypes)
+            ),
+            None,
+        )
+
+        def allocate() -> torch.Tensor:
+            if backend is None:
+                return torch.empty(sizes, dtype=kind, device=self._device)
+            return backend.empty(sizes, kind)
+
+        return self._joint.run("empty", {"shape": list(sizes), "dtype": name}, allocate, lambda _tensor: None, poison)
+
+    def close(self) -> None:
+        """Close the workspaces; what one raises is a notice, because the rest has to go all the same. Local."""
+        for workspace in self._workspaces:
+            try:
+                workspace.close()
+            except Exception as error:
+                notice(f"close of a workspace of backend {workspace.backend!r} raised {error!r}")
