@@ -135,6 +135,7 @@ void aborts() {
         }
         check_poisoned(self);
     });
+    std::atomic<bool> aborted{false};
     run_group(options, [&](Rank& self) {  // from another thread of the waiting rank
         if (self.rank == 0) {
             std::thread watchdog([&] {
@@ -143,8 +144,13 @@ void aborts() {
             });
             CHECK_STATUS(commplane_car_barrier(self.comm), COMMPLANE_CAR_EABORTED);
             watchdog.join();
-            CHECK(detail_of(self).missing_mask == 6);
+            aborted = true;
+        } else {
+            while (!aborted) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+            CHECK_STATUS(commplane_car_barrier(self.comm), COMMPLANE_CAR_EABORTED);
         }
+        CHECK(detail_of(self).abort_mask == 1);
+        CHECK(detail_of(self).missing_mask == (self.rank == 0 ? 0u : 1u));  // nobody's absence but its own
     });
 }
 
