@@ -24,6 +24,7 @@ def _worker(rank: int, world: int, name: str, config: dict[str, Any], results: A
     import ctypes
 
     from commplane_custom_ar import _native as n
+    from commplane_custom_ar import codes
 
     native = n.load(config["binding"])
     cores = sorted(os.sched_getaffinity(0))
@@ -52,7 +53,7 @@ def _worker(rank: int, world: int, name: str, config: dict[str, Any], results: A
         for path, address in buffers.items():
             for dtype, item in (("float32", 4), ("bfloat16", 2)):
                 for size in config["sizes"]:
-                    count, kind = size // item, n.DTYPES[dtype]
+                    count, kind = size // item, codes.DTYPES[dtype]
                     repeat = max(2, min(config["repeat"], (64 << 20) // max(size, 1)))
                     n.check(n.barrier(handle))
                     begin = clock()
@@ -84,6 +85,7 @@ def bench(
 ) -> dict[str, Any]:
     """Run it and return medians in microseconds by "path dtype bytes"."""
     from commplane_custom_ar import _native as n
+    from commplane_custom_ar import codes
 
     name = f"commplane-bench-{os.getpid()}"
     n.Segment.create(name, n.layout(world, STAGING).total)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A barrier is one flag hop that carries no data.
-#include "all_reduce.h"
+#include "collective.h"
 
 namespace commplane_car {
 

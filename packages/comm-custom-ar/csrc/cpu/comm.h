@@ -11,7 +11,7 @@
 //
 //     (R) a rank publishes step u only after it has finished with step u-2 (awaited, compared, and read the peers' data).
 //
-// So at most two steps are open, which lets the staged path fill the slot of step u while its peers still read that of u-1.
+// So at most two steps are open, which lets the staged paths fill the slot of step u while its peers still read that of u-1.
 //
 // Why a slot or a flag line of step u-4 may be overwritten at step u without any further wait: by (R) this rank has awaited
 // step u-2, so it has seen every peer publish u-2; by (R) again a peer publishes u-2 only after it has finished with step
@@ -25,7 +25,7 @@
 // visible early. x86 gives this order to plain loads and stores (TSO), where the atomics cost nothing but keep the compiler
 // from moving accesses; on arm64 they become stlr and ldar/ldapr. Results written straight into a peer's buffer (symmetric
 // path) are covered by the same two sentences. A flag is one aligned 64-bit word, lock-free, hence address-free: it works
-// between mappings at different addresses.
+// between mappings at different addresses. tests/protocol_model.py explores all of this exhaustively for 2 and 3 ranks.
 #pragma once
 
 #include <stdint.h>
@@ -33,6 +33,8 @@
 #include <atomic>
 
 #include "commplane_car.h"
+#include "descriptor.h"
+#include "flight.h"
 #include "segment.h"
 #include "wait.h"
 
@@ -42,41 +44,36 @@ constexpr uint64_t kLineBytes = 128;  // two 64-byte lines: adjacent lines are f
 constexpr uint64_t kControlBytes = 4096;
 constexpr uint64_t kRing = 4;
 constexpr uint64_t kMagic = UINT64_C(0x31524143504d4f43);  // "COMPCAR1"
-constexpr uint64_t kCountBits = 48;
 
-using Word = std::atomic<uint64_t>;
 static_assert(Word::is_always_lock_free && sizeof(Word) == 8, "flags between processes have to be lock-free");
 
-// What a rank opened its communicator with. Constant after open, but for the abort word.
+// What a rank opened its communicator with. Constant after open, but for the abort words.
 struct alignas(kLineBytes) HelloLine {
     Word magic;  // stored last, with release
     Word geometry;
     Word slot_bytes;
     Word token;
-    Word aborted;
+    Word process_id;         // who to look for when this rank does not come; 0: not known
+    Word process_start;      // and which process of that number
+    Word process_namespace;  // numbers mean something inside one pid namespace only
+    Word single_copy_probe;  // the address of comm.single_copy_word in this rank's memory
+    alignas(64) Word aborted;
+    Word culprits;  // bit r: this rank gave up because rank r was missing; stored before `aborted`
 };
 
-// One step of one rank. All three words lie in one 64-byte line: one transfer brings the flag and what is compared.
+// One step of one rank. All words lie in one 64-byte line: one transfer brings the flag and what is compared.
 struct alignas(kLineBytes) FlagLine {
     Word step;
-    Word descriptor;
-    Word place;
+    Word descriptor[Descriptor::kWords];
+    Word address;  // single copy: where this step's data lies in the rank's own memory
 };
+static_assert(sizeof(Word) * (2 + Descriptor::kWords) <= 64, "the flag and what is compared share a cache line");
 
 struct RankControl {
     HelloLine hello;
     FlagLine ring[kRing];
 };
 static_assert(sizeof(RankControl) <= kControlBytes);
-
-// A call as the peers compare it: equal on all ranks or EMISMATCH.
-struct Descriptor {
-    uint64_t word;   // kind, op, dtype, symmetric, in place, count
-    uint64_t place;  // symmetric calls: region id and offset, exactly
-};
-
-Descriptor describe(const commplane_car_call& call);
-commplane_car_call decode(const Descriptor& descriptor);
 
 struct Region {
     uint64_t base;  // an address in this process
@@ -98,13 +95,19 @@ struct commplane_car_comm {
     bool greeted = false;  // the peers' hello lines have been checked
     uint64_t slot_bytes = 0;
     uint64_t next_step = 1;
-    uint64_t sequence = 0;  // calls begun
+    commplane_car::Word sequence{0};  // calls begun; written by the calling thread alone
     uint32_t region_count = 0;
+    uint64_t single_copy_min = UINT64_MAX;  // bytes; this and 0: off
+    uint64_t single_copy_max = 0;
+    uint64_t single_copy_word = 0;  // what peers read to see that this is the process they mean
+    unsigned char* scratch = nullptr;  // of the single-copy path: 64 KiB a peer
     commplane_car_segment* segment = nullptr;
     commplane_car_comm* older = nullptr;  // in the list of all that were ever opened
     commplane_car::RankControl* control[COMMPLANE_CAR_MAX_WORLD] = {};
     unsigned char* staging[COMMPLANE_CAR_MAX_WORLD] = {};
+    commplane_car::FlightRing flight;
     commplane_car::Region regions[COMMPLANE_CAR_MAX_REGIONS] = {};
+    bool interrupted = false;       // by the interrupt check, in the wait that just ended
     commplane_car_detail detail = {};
 };
 
@@ -116,28 +119,35 @@ int layout(const commplane_car_options& options, commplane_car_layout_info* out)
 int comm_open(const commplane_car_options& options, commplane_car_segment* segment, Comm** out);
 int comm_close(Comm& comm);
 int comm_abort(Comm& comm);
-int register_region(Comm& comm, uint64_t base, uint64_t stride, uint64_t bytes, uint32_t id);
-int unregister_region(Comm& comm, uint32_t id);
 
-// The region whose part of this rank holds [address, +bytes); null if none does.
-const Region* find_region(const Comm& comm, uint64_t address, uint64_t bytes);
+inline uint64_t bit(uint32_t rank) { return UINT64_C(1) << rank; }
 
 inline unsigned char* slot(const Comm& comm, uint32_t rank, uint64_t step) {
     return comm.staging[rank] + (step % kRing) * comm.slot_bytes;
 }
 
 // Says that this rank's data of `step` is ready and that it has finished with step - 2. Never waits.
-inline void publish(Comm& comm, uint64_t step, const Descriptor& descriptor) {
+inline void publish(Comm& comm, uint64_t step, const Descriptor& descriptor, const void* address = nullptr) {
     FlagLine& line = comm.control[comm.rank]->ring[step % kRing];
-    line.descriptor.store(descriptor.word, std::memory_order_relaxed);
-    line.place.store(descriptor.place, std::memory_order_relaxed);
+    for (int i = 0; i < Descriptor::kWords; ++i) line.descriptor[i].store(descriptor.words[i], std::memory_order_relaxed);
+    line.address.store(reinterpret_cast<uint64_t>(address), std::memory_order_relaxed);
     line.step.store(step, std::memory_order_release);
 }
 
-// The slow ends of await(): out of line, so that the fast path stays a load and a compare a peer.
+// The slow ends of await(), in faults.cc: out of line, so that the fast path stays a load and a compare a peer.
 [[gnu::cold]] int await_slowly(Comm& comm, uint64_t step, const Descriptor& descriptor);
-[[gnu::cold]] int greet(Comm& comm);
+[[gnu::cold]] bool should_stop(Comm& comm, uint64_t step);
 [[gnu::cold]] int fail_mismatch(Comm& comm, uint64_t step, const Descriptor& descriptor);
+[[gnu::cold]] int greet(Comm& comm);
+
+// True if any rank, this one included, has aborted.
+inline bool any_aborted(const Comm& comm) {
+    uint64_t seen = 0;
+    for (uint32_t rank = 0; rank < comm.world; ++rank) {
+        seen |= comm.control[rank]->hello.aborted.load(std::memory_order_relaxed);
+    }
+    return seen != 0;
+}
 
 // Waits until every peer has published `step` and compares its descriptor with ours. Not OK poisons the communicator.
 inline int await(Comm& comm, uint64_t step, const Descriptor& descriptor) {
@@ -148,18 +158,16 @@ inline int await(Comm& comm, uint64_t step, const Descriptor& descriptor) {
         if (line.step.load(std::memory_order_acquire) != step) {
             const Waited waited = bounded_wait(
                 comm.oversubscribed, comm.timeout_ns.load(std::memory_order_relaxed),
-                [&] { return line.step.load(std::memory_order_relaxed) == step; },
-                [&] {
-                    for (uint32_t peer = 0; peer < comm.world; ++peer) {
-                        if (comm.control[peer]->hello.aborted.load(std::memory_order_relaxed) != 0) return true;
-                    }
-                    return false;
-                });
+                [&] { return line.step.load(std::memory_order_relaxed) == step; }, [&] { return any_aborted(comm); },
+                [&] { return should_stop(comm, step); });
             if (waited != Waited::kReady) [[unlikely]] return await_slowly(comm, step, descriptor);
             (void)line.step.load(std::memory_order_acquire);
         }
-        difference |= (line.descriptor.load(std::memory_order_relaxed) ^ descriptor.word) |
-                      (line.place.load(std::memory_order_relaxed) ^ descriptor.place);
+#ifndef COMMPLANE_CAR_NO_COMPARE  // defined by benchmarks alone: what the comparison costs is the difference
+        for (int i = 0; i < Descriptor::kWords; ++i) {
+            difference |= line.descriptor[i].load(std::memory_order_relaxed) ^ descriptor.words[i];
+        }
+#endif
     }
     if (difference != 0) return fail_mismatch(comm, step, descriptor);
     if (!comm.greeted) return greet(comm);
@@ -174,17 +182,5 @@ inline int hop(Comm& comm, const Descriptor& descriptor) {
     comm.next_step = step + 1;
     return status;
 }
-
-// True if any rank, this one included, has aborted.
-inline bool any_aborted(const Comm& comm) {
-    uint64_t seen = 0;
-    for (uint32_t rank = 0; rank < comm.world; ++rank) {
-        seen |= comm.control[rank]->hello.aborted.load(std::memory_order_relaxed);
-    }
-    return seen != 0;
-}
-
-// `missing`: the ranks that had not arrived, 0 for a call that did not get as far as waiting.
-[[gnu::cold]] int fail_aborted(Comm& comm, const Descriptor& descriptor, uint64_t missing);
 
 }  // namespace commplane_car

@@ -27,6 +27,11 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+bool has_avx512_bf16() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) != 0;
+}
 #endif
 
 // Null if the CPU or the build lacks it. An unknown name is null too.
@@ -34,6 +39,7 @@ const ReduceTable* find(const char* name) {
     if (strcmp(name, "baseline") == 0) return &kReduceBaseline;
 #if defined(__x86_64__)
     const bool best = strcmp(name, "auto") == 0;
+    if ((best || strcmp(name, "avx512_bf16") == 0) && has_avx512_bf16()) return &kReduceAvx512Bf16;
     if ((best || strcmp(name, "avx512") == 0) && has_avx512()) return &kReduceAvx512;
     if ((best || strcmp(name, "avx2") == 0) && has_avx2()) return &kReduceAvx2;
     if (best) return &kReduceBaseline;
@@ -53,7 +59,7 @@ int set_isa(const char* name) {
     const ReduceTable* table = name == nullptr ? nullptr : find(name);
     if (table == nullptr) {
         return fail(COMMPLANE_CAR_EUNSUPPORTED, "instruction set '%.32s' is unknown or not in this CPU; wanted baseline, avx2, "
-                    "avx512 or auto", name == nullptr ? "" : name);
+                    "avx512, avx512_bf16 or auto", name == nullptr ? "" : name);
     }
     table_in_use.store(table, std::memory_order_relaxed);
     return COMMPLANE_CAR_OK;

@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "norm.h"
+
 namespace commplane_car {
 
 // dst[d][i] = op over r of src[r][i], r = 0..sources-1 in this order, for every d. A dst may be one of the srcs. Pointers
@@ -13,13 +15,15 @@ using ReduceFunction = void (*)(void* const* dst, uint32_t targets, const void* 
 
 struct ReduceTable {
     const char* name;
-    ReduceFunction reduce[3][4];  // [dtype - 1][op - 1]
+    ReduceFunction reduce[8][4];  // [dtype - 1][op - 1]; null: no mean of integers
+    NormKernels norm[3];          // [dtype - 1]: float32, float16, bfloat16
 };
 
 extern const ReduceTable kReduceBaseline;
 #if defined(__x86_64__)
 extern const ReduceTable kReduceAvx2;
 extern const ReduceTable kReduceAvx512;
+extern const ReduceTable kReduceAvx512Bf16;
 #endif
 
 // The table in use. Chosen by CPU detection when the library is loaded; set_isa changes it for the whole process.

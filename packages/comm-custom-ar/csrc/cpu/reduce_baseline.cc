@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Any CPU: the compiler's own 16-byte vectors (SSE2 on x86-64, NEON on arm64), no intrinsics. Little endian.
-#include "reduce_kernels.h"
+#include "kernel_table.h"
 
 namespace commplane_car {
 namespace {
@@ -70,6 +70,7 @@ struct Baseline {
     CAR_INLINE void store(unsigned char* p, Float a) { memcpy(p, &a, 16); }
     CAR_INLINE Float splat(float x) { return Float{x, x, x, x}; }
     CAR_INLINE Float add(Float a, Float b) { return a + b; }
+    CAR_INLINE Float multiply(Float a, Float b) { return a * b; }
     CAR_INLINE Float divide(Float a, Float b) { return a / b; }
     CAR_INLINE Float smaller(Float a, Float b) { return a < b ? a : b; }
     CAR_INLINE Float larger(Float a, Float b) { return a > b ? a : b; }
@@ -89,16 +90,26 @@ struct Baseline {
         const Bits4 bits = reinterpret_cast<Bits4>(a);
         return bits + 0x7fffu + (bits >> 16 & 1u);
     }
-    CAR_INLINE void store_bf16(unsigned char* p, Float even, Float odd) {
-        const Bits4 both = (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u);
+    CAR_INLINE Float round_bf16(Float a) { return reinterpret_cast<Float>(rounded(a) & 0xffff0000u); }
+    // The upper halves of both.
+    CAR_INLINE void pack(unsigned char* p, Bits4 even, Bits4 odd) {
+        const Bits4 both = (even >> 16) | (odd & 0xffff0000u);
         memcpy(p, &both, 16);
     }
+    CAR_INLINE void pack_bf16(unsigned char* p, Float even, Float odd) {
+        pack(p, reinterpret_cast<Bits4>(even), reinterpret_cast<Bits4>(odd));
+    }
+    CAR_INLINE void store_bf16(unsigned char* p, Float even, Float odd) { pack(p, rounded(even), rounded(odd)); }
 
     CAR_INLINE void load_f16(const unsigned char* p, Float& a, Float& b) {
         uint16_t half[8];
         memcpy(half, p, 16);
         a = Float{half_to_float(half[0]), half_to_float(half[1]), half_to_float(half[2]), half_to_float(half[3])};
         b = Float{half_to_float(half[4]), half_to_float(half[5]), half_to_float(half[6]), half_to_float(half[7])};
+    }
+    CAR_INLINE Float round_f16(Float a) {
+        return Float{half_to_float(float_to_half(a[0])), half_to_float(float_to_half(a[1])),
+                     half_to_float(float_to_half(a[2])), half_to_float(float_to_half(a[3]))};
     }
     CAR_INLINE void store_f16(unsigned char* p, Float a, Float b) {
         uint16_t half[8];
@@ -110,6 +121,6 @@ struct Baseline {
 
 }  // namespace
 
-const ReduceTable kReduceBaseline = CAR_REDUCE_TABLE(Baseline, "baseline");
+const ReduceTable kReduceBaseline = CAR_KERNEL_TABLE(Baseline, "baseline");
 
 }  // namespace commplane_car

@@ -4,8 +4,9 @@
 // merged by the linker into one compiled for a CPU that we do not have. For the same reason no std:: function is used.
 //
 // V has: Float (a vector of kLanes float), load, store (f32), load_bf16 / store_bf16 / load_f16 / store_f16 (a pair of
-// Floats for 2 * kLanes elements, in any order of lanes as long as load and store agree), add, divide, smaller, larger
-// (b if equal), splat, unordered_nan(x, a, b) (x, but the quiet NaN where a or b is NaN).
+// Floats for 2 * kLanes elements: for bf16 the even ones and the odd ones, for f16 the first half and the second), pack_bf16
+// (store_bf16 of numbers that are rounded already), round_bf16 / round_f16 (to the nearest such number, as Float), add,
+// multiply, divide, smaller, larger (b if equal), splat, unordered_nan(x, a, b) (x, but the quiet NaN where a or b is NaN).
 //
 // NaNs are made canonical before they are stored: which payload an addition hands on depends on the order of its operands,
 // which the compiler may swap, and results have to be equal bit for bit whatever code ran.
@@ -25,6 +26,9 @@ namespace {
 template <class V>
 struct AsFloat32 {
     static constexpr size_t kBytes = 4;
+    static constexpr bool kInterleaved = false;
+    CAR_INLINE typename V::Float round(typename V::Float a) { return a; }
+    CAR_INLINE void store_rounded(unsigned char* p, typename V::Float a, typename V::Float b) { store(p, a, b); }
     CAR_INLINE void load(const unsigned char* p, typename V::Float& a, typename V::Float& b) {
         a = V::load(p);
         b = V::load(p + 4 * V::kLanes);
@@ -38,6 +42,9 @@ struct AsFloat32 {
 template <class V>
 struct AsFloat16 {
     static constexpr size_t kBytes = 2;
+    static constexpr bool kInterleaved = false;
+    CAR_INLINE typename V::Float round(typename V::Float a) { return V::round_f16(a); }
+    CAR_INLINE void store_rounded(unsigned char* p, typename V::Float a, typename V::Float b) { store(p, a, b); }
     CAR_INLINE void load(const unsigned char* p, typename V::Float& a, typename V::Float& b) { V::load_f16(p, a, b); }
     CAR_INLINE void store(unsigned char* p, typename V::Float a, typename V::Float b) { V::store_f16(p, a, b); }
 };
@@ -45,6 +52,9 @@ struct AsFloat16 {
 template <class V>
 struct AsBfloat16 {
     static constexpr size_t kBytes = 2;
+    static constexpr bool kInterleaved = true;
+    CAR_INLINE typename V::Float round(typename V::Float a) { return V::round_bf16(a); }
+    CAR_INLINE void store_rounded(unsigned char* p, typename V::Float a, typename V::Float b) { V::pack_bf16(p, a, b); }
     CAR_INLINE void load(const unsigned char* p, typename V::Float& a, typename V::Float& b) { V::load_bf16(p, a, b); }
     CAR_INLINE void store(unsigned char* p, typename V::Float a, typename V::Float b) { V::store_bf16(p, a, b); }
 };
@@ -153,8 +163,6 @@ void reduce(void* const* dst, uint32_t targets, const void* const* src, uint32_t
 
 #define CAR_REDUCE_ROW(V, T) \
     { reduce<V, T<V>, Sum<V>>, reduce<V, T<V>, Minimum<V>>, reduce<V, T<V>, Maximum<V>>, reduce<V, T<V>, Average<V>> }
-#define CAR_REDUCE_TABLE(V, name) \
-    { name, { CAR_REDUCE_ROW(V, AsFloat32), CAR_REDUCE_ROW(V, AsFloat16), CAR_REDUCE_ROW(V, AsBfloat16) } }
 
 }  // namespace
 }  // namespace commplane_car

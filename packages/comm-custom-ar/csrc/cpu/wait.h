@@ -26,32 +26,46 @@ inline uint64_t now_ns() {
     return static_cast<uint64_t>(t.tv_sec) * 1000000000u + static_cast<uint64_t>(t.tv_nsec);
 }
 
-enum class Waited { kReady, kAborted, kExpired };
+enum class Waited { kReady, kAborted, kExpired, kStopped };
 
-// Polls `ready` until it holds, `aborted` holds or `timeout_ns` has passed. `ready` does a relaxed load; who needs the data
-// behind the flag loads it once more with acquire. The clock and the abort words are looked at every 1024 polls (some tens
-// of us), so the common wait makes no call at all. After the first 1024 polls the core is probably wanted elsewhere: each
-// poll then yields, and the clock is read every 16 of them, for one yield can take a whole scheduler slice. With more ranks
-// than cores (`oversubscribed`) spinning only keeps the peer from running, so it yields from the first poll on.
-template <class Ready, class Aborted>
-Waited bounded_wait(bool oversubscribed, uint64_t timeout_ns, Ready ready, Aborted aborted) {
-    bool yielding = oversubscribed;
-    uint32_t left = yielding ? 16 : 1024;
-    uint64_t begun = 0;
+// Polls `ready` until it holds, `aborted` or `stopped` holds, or `timeout_ns` has passed. `ready` does a relaxed load; who
+// needs the data behind the flag loads it once more with acquire.
+//
+//   spin    1024 polls (some tens of us) with neither clock nor system call: the common wait ends here.
+//   yield   up to 10 ms: the core is probably wanted elsewhere. The abort words and the clock are looked at every 16 polls, for
+//           one yield can take a whole scheduler slice. With more ranks than cores (`oversubscribed`) spinning only keeps the
+//           peer from running: then it begins here.
+//   sleep   50 us a poll: whoever waits this long waits for something slow, and leaves the core to it.
+//
+// `stopped` may make system calls; it is asked about every 20 ms of the last phase.
+template <class Ready, class Aborted, class Stopped>
+Waited bounded_wait(bool oversubscribed, uint64_t timeout_ns, Ready ready, Aborted aborted, Stopped stopped) {
+    constexpr uint64_t kYieldNs = 10000000, kAskNs = 20000000;
+    constexpr timespec kNap = {0, 50000};
+    enum { kSpin, kYield, kSleep } phase = oversubscribed ? kYield : kSpin;
+    uint32_t left = oversubscribed ? 16 : 1024;
+    uint64_t begun = 0, asked = 0;
     for (;;) {
         if (ready()) return Waited::kReady;
-        if (yielding) {
+        if (phase == kSpin) {
+            cpu_relax();
+        } else if (phase == kYield) {
             sched_yield();
         } else {
-            cpu_relax();
+            nanosleep(&kNap, nullptr);
         }
         if (--left != 0) continue;
         if (aborted()) return ready() ? Waited::kReady : Waited::kAborted;
         const uint64_t now = now_ns();
         if (begun == 0) begun = now;
         if (now - begun >= timeout_ns) return ready() ? Waited::kReady : Waited::kExpired;
-        yielding = true;
-        left = 16;
+        if (phase == kSpin) phase = kYield;
+        if (phase == kYield && now - begun >= kYieldNs) phase = kSleep;
+        left = phase == kYield ? 16 : 1;
+        if (phase == kSleep && now - asked >= kAskNs) {
+            asked = now;
+            if (stopped()) return ready() ? Waited::kReady : Waited::kStopped;
+        }
     }
 }
 

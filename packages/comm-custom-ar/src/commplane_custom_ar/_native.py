@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C library ``libcommplane_car.so`` as Python: segments, communicators, and the two calls of the hot path.
+"""The C library ``libcommplane_car.so`` as Python: segments and communicators.
 
-Everything here is local to the calling process but :func:`all_reduce` and :func:`barrier`, which are collective. There are
-two bindings with the same functions: ``abi3``, an extension module of CPython's stable ABI, for the two hot calls, and
-``ctypes``, for everything else and for a Python that has no such module. :func:`load` can force one.
-``_COMMPLANE_CAR_LIBRARY`` in the environment names another library file, for tests of an uninstalled build.
+Everything here is local to the calling process but the collectives of :class:`Native`.
 
 Pointers are integers. Nobody here keeps memory alive: a mapping ends on :meth:`Segment.close` and never earlier, not even
 when the object is collected, because tensors may still point into it. Calls release the GIL.
@@ -13,65 +10,30 @@ when the object is collected, because tensors may still point into it. Calls rel
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import importlib.util
-import os
-import sysconfig
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Final
 
-import commplane_custom_ar
+from commplane_custom_ar._abi import Call, Detail, FlightEntry, LayoutInfo, Options
+from commplane_custom_ar._library import Hot, Native, NativeLibraryError, load
+from commplane_custom_ar.codes import DTYPE_NAMES, FLIGHT_RECORDS, KIND_NAMES, MAX_WORLD, OK, OP_NAMES, STATUS
 
-ABI_MAJOR: Final = 1
-LIBRARY_NAME: Final = "libcommplane_car.so"
-FASTCALL_NAME: Final = "_fastcall.abi3.so"
-MAX_WORLD: Final = 64
-RING_SLOTS: Final = 4  # chunks of one rank that may be under way at once; kRing of comm.h
-
-DTYPES: Final[dict[str, int]] = {"float32": 1, "float16": 2, "bfloat16": 3}
-OPS: Final[dict[str, int]] = {"sum": 1, "min": 2, "max": 3, "avg": 4}
-STATUS: Final[dict[int, str]] = {
-    0: "OK",
-    -1: "EINVAL",
-    -2: "ENOMEM",
-    -3: "ESYS",
-    -4: "ENOSPC",
-    -5: "EEXIST",
-    -6: "ENOENT",
-    -7: "ESIZE",
-    -8: "EPERM",
-    -9: "ETIMEDOUT",
-    -10: "EABORTED",
-    -11: "EMISMATCH",
-    -12: "EPOISONED",
-    -13: "ECLOSED",
-    -14: "EBUSY",
-    -15: "EUNSUPPORTED",
-    -16: "ELIMIT",
-}
-OK: Final = 0
-EINVAL: Final = -1
-ENOSPC: Final = -4
-ETIMEDOUT: Final = -9
-EABORTED: Final = -10
-EMISMATCH: Final = -11
-EPOISONED: Final = -12
-ECLOSED: Final = -13
-EBUSY: Final = -14
-
-_DTYPE_NAMES: Final = {code: name for name, code in DTYPES.items()}
-_OP_NAMES: Final = {code: name for name, code in OPS.items()}
-_KIND_NAMES: Final = {0: "none", 1: "all_reduce", 2: "barrier"}
-
-AllReduceFunction = Callable[[int, int, int, int, int, int], int]
-BarrierFunction = Callable[[int], int]
-
-
-class NativeLibraryError(ImportError):
-    """The native library is missing, cannot be loaded, or has another ABI than this module was written for."""
+__all__ = [
+    "Comm",
+    "Layout",
+    "Native",
+    "NativeError",
+    "NativeLibraryError",
+    "Segment",
+    "StatusDetail",
+    "all_reduce",
+    "barrier",
+    "check",
+    "isa",
+    "last_error",
+    "layout",
+    "load",
+    "set_isa",
+]
 
 
 class NativeError(OSError):
@@ -83,186 +45,12 @@ class NativeError(OSError):
         super().__init__(f"{message} ({self.name})")
 
 
-class _Options(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_uint32),
-        ("rank", ctypes.c_uint32),
-        ("world_size", ctypes.c_uint32),
-        ("oversubscribed", ctypes.c_uint32),
-        ("staging_bytes", ctypes.c_uint64),
-        ("chunk_bytes", ctypes.c_uint64),
-        ("timeout_ns", ctypes.c_uint64),
-        ("token", ctypes.c_uint64),
-    ]
-
-
-class _LayoutInfo(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
-        ("total_bytes", ctypes.c_uint64),
-        ("part_offset", ctypes.c_uint64),
-        ("part_bytes", ctypes.c_uint64),
-    ]
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [
-        ("kind", ctypes.c_uint32),
-        ("dtype", ctypes.c_uint32),
-        ("op", ctypes.c_uint32),
-        ("symmetric", ctypes.c_uint32),
-        ("in_place", ctypes.c_uint32),
-        ("region", ctypes.c_uint32),
-        ("count", ctypes.c_uint64),
-        ("offset", ctypes.c_uint64),
-    ]
-
-
-class _Detail(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_uint32),
-        ("status", ctypes.c_int32),
-        ("sequence", ctypes.c_uint64),
-        ("missing_mask", ctypes.c_uint64),
-        ("mismatch_mask", ctypes.c_uint64),
-        ("abort_mask", ctypes.c_uint64),
-        ("mine", _Call),
-        ("peers", _Call * MAX_WORLD),
-    ]
-
-
-def _bind_prototypes(library: ctypes.CDLL) -> None:
-    pointer, u32, u64, text, code = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int
-    prototypes: dict[str, tuple[object, list[object]]] = {
-        "last_error": (text, []),
-        "isa": (text, []),
-        "set_isa": (code, [text]),
-        "segment_create": (code, [text, u64]),
-        "segment_map": (code, [text, u64, u64, u64, ctypes.POINTER(pointer)]),
-        "segment_base": (pointer, [pointer]),
-        "segment_unmap": (code, [pointer]),
-        "segment_unlink": (code, [text]),
-        "layout": (code, [ctypes.POINTER(_Options), ctypes.POINTER(_LayoutInfo)]),
-        "comm_open": (code, [ctypes.POINTER(_Options), pointer, ctypes.POINTER(pointer)]),
-        "comm_close": (code, [pointer]),
-        "set_timeout": (code, [pointer, u64]),
-        "chunk_bytes": (u64, [pointer]),
-        "register_symmetric": (code, [pointer, pointer, u64, u64, u32]),
-        "unregister_symmetric": (code, [pointer, u32]),
-        "all_reduce": (code, [pointer, pointer, pointer, u64, code, code]),
-        "barrier": (code, [pointer]),
-        "abort": (code, [pointer]),
-        "status_detail": (code, [pointer, ctypes.POINTER(_Detail)]),
-    }
-    for name, (result, arguments) in prototypes.items():
-        function = getattr(library, f"commplane_car_{name}")
-        function.restype = result
-        function.argtypes = arguments
-
-
-@dataclass(frozen=True)
-class Native:
-    """A loaded library: its file, its ABI version, and the hot calls of one binding."""
-
-    library: ctypes.CDLL
-    path: Path
-    abi: tuple[int, int]
-    binding: str
-    all_reduce: AllReduceFunction
-    barrier: BarrierFunction
-
-
-def _find(file_name: str) -> Path | None:
-    """The file next to this package. An editable install has two folders: the sources' and the built files'."""
-    for folder in commplane_custom_ar.__path__:
-        path = Path(folder) / file_name
-        if path.is_file():
-            return path
-    return None
-
-
-def _find_library() -> Path:
-    override = os.environ.get("_COMMPLANE_CAR_LIBRARY")
-    if override:
-        return Path(override)
-    path = _find(LIBRARY_NAME)
-    if path is None:
-        folders = ", ".join(str(folder) for folder in commplane_custom_ar.__path__)
-        raise NativeLibraryError(
-            f"{LIBRARY_NAME} is missing: wanted in {folders}; install the commplane-custom-ar wheel or build it with pip"
-        )
-    return path
-
-
-def _load_fastcall(library_path: Path) -> ModuleType | None:
-    """The extension module beside the library, or None if this build or this Python has none."""
-    path = library_path.with_name(FASTCALL_NAME)
-    # Only a CPython with a GIL has the stable ABI; a free-threaded one would crash on it rather than refuse.
-    if ".abi3.so" not in importlib.machinery.EXTENSION_SUFFIXES or sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return None
-    if not path.is_file():
-        return None
-    name = f"{__package__}._fastcall"
-    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    spec = importlib.util.spec_from_loader(name, loader, origin=str(path))
-    if spec is None:
-        return None
-    try:
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    except ImportError:
-        return None
-    return module
-
-
-def load(binding: str | None = None, library: str | os.PathLike[str] | None = None) -> Native:
-    """Load the native library, check its ABI and bind the hot calls. Local.
-
-    ``binding`` is ``"abi3"``, ``"ctypes"``, or ``"auto"`` or None for the best there is. Raises
-    NativeLibraryError, an ImportError.
-    """
-    path = Path(library) if library is not None else _find_library()
-    try:
-        loaded = ctypes.CDLL(str(path))
-        version = loaded.commplane_car_abi_version
-    except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"cannot load {path}: {error}") from error
-    version.restype = ctypes.c_uint32
-    version.argtypes = []
-    packed = int(version())
-    abi = (packed >> 16, packed & 0xFFFF)
-    if abi[0] != ABI_MAJOR:
-        raise NativeLibraryError(
-            f"native ABI of {path}: wanted {ABI_MAJOR}.x, found {abi[0]}.{abi[1]}; "
-            "reinstall commplane-custom-ar so that its Python and native halves are of one version"
-        )
-    _bind_prototypes(loaded)
-
-    wanted = binding or "auto"
-    if wanted not in ("auto", "abi3", "ctypes"):
-        raise NativeLibraryError(f"native binding: wanted auto, abi3 or ctypes, found {wanted!r}")
-    if wanted != "ctypes":
-        module = _load_fastcall(path)
-        if module is not None:
-            addresses = [
-                ctypes.cast(getattr(loaded, f"commplane_car_{f}"), ctypes.c_void_p).value for f in ("all_reduce", "barrier")
-            ]
-            module.bind(*addresses)
-            return Native(loaded, path, abi, "abi3", module.all_reduce, module.barrier)
-        if wanted == "abi3":
-            raise NativeLibraryError(
-                f"native binding abi3: no usable {FASTCALL_NAME} beside {path}; use ctypes or rebuild the wheel"
-            )
-    return Native(loaded, path, abi, "ctypes", loaded.commplane_car_all_reduce, loaded.commplane_car_barrier)
-
-
 _NATIVE: Final = load()
 _library: Final = _NATIVE.library
 
-# The hot path: all_reduce(handle, in_ptr, out_ptr, count, dtype, op) and barrier(handle), collective, return the status.
-all_reduce: Final[AllReduceFunction] = _NATIVE.all_reduce
-barrier: Final[BarrierFunction] = _NATIVE.barrier
+# The two calls that tests and benchmarks make without a Native of their own.
+all_reduce: Final[Hot] = _NATIVE.all_reduce
+barrier: Final[Hot] = _NATIVE.barrier
 
 
 def last_error() -> str:
@@ -299,8 +87,8 @@ class Layout:
 
 def layout(world_size: int, staging_bytes: int) -> Layout:
     """What a segment for ``world_size`` ranks with ``staging_bytes`` each needs. Pure."""
-    options = _Options(size=ctypes.sizeof(_Options), world_size=world_size, staging_bytes=staging_bytes)
-    info = _LayoutInfo(size=ctypes.sizeof(_LayoutInfo))
+    options = Options(size=ctypes.sizeof(Options), world_size=world_size, staging_bytes=staging_bytes)
+    info = LayoutInfo(size=ctypes.sizeof(LayoutInfo))
     check(_library.commplane_car_layout(ctypes.byref(options), ctypes.byref(info)))
     part = int(info.part_bytes)
     return Layout(int(info.total_bytes), tuple(rank * part for rank in range(world_size)), part)
@@ -365,21 +153,30 @@ class StatusDetail:
     missing: tuple[int, ...]
     mismatched: dict[int, str]
     aborted: tuple[int, ...]
+    dead: tuple[int, ...]
 
 
 def _ranks(mask: int) -> tuple[int, ...]:
     return tuple(rank for rank in range(MAX_WORLD) if mask >> rank & 1)
 
 
-def _call_text(call: _Call) -> str:
-    kind = _KIND_NAMES.get(call.kind, f"kind {call.kind}")
-    if kind != "all_reduce":
+def _call_text(call: Call) -> str:
+    """A call as people write it: ``all_reduce(sum, float32, count=100)``."""
+    kind = KIND_NAMES.get(call.kind, "nothing" if call.kind == 0 else f"kind {call.kind}")
+    if kind in ("nothing", "barrier"):
         return kind
-    text = f"all_reduce({_OP_NAMES.get(call.op, call.op)}, {_DTYPE_NAMES.get(call.dtype, call.dtype)}, count={call.count}"
+    parts = [OP_NAMES.get(call.op, f"op {call.op}")] if call.op else []
+    parts += [DTYPE_NAMES.get(call.dtype, f"dtype {call.dtype}"), f"count={call.count}"]
+    if kind == "broadcast":
+        parts.append(f"src={call.root}")
+    if kind == "all_reduce_rms_norm":
+        parts[0] = f"hidden={call.hidden}"
+        parts += [f"eps={call.eps:g}", f"weight_bias={call.weight_bias:g}"]
     if call.symmetric:
-        place = "in place" if call.in_place else "out of place"
-        text += f", symmetric region {call.region} at {call.offset}, {place}"
-    return text + ")"
+        parts += [f"symmetric region {call.region} at {call.offset}"]
+        if kind == "all_reduce":
+            parts.append("in place" if call.in_place else "out of place")
+    return f"{kind}({', '.join(parts)})"
 
 
 class Comm:
@@ -397,8 +194,8 @@ class Comm:
         timeout_s: float,
         token: int = 0,
     ) -> None:
-        options = _Options(
-            size=ctypes.sizeof(_Options),
+        options = Options(
+            size=ctypes.sizeof(Options),
             rank=rank,
             world_size=world_size,
             oversubscribed=int(oversubscribed),
@@ -412,6 +209,7 @@ class Comm:
         self._handle = handle.value or 0
         self._segment = segment
         self._closed = False
+        self.world_size = world_size
 
     @property
     def handle(self) -> int:
@@ -446,9 +244,25 @@ class Comm:
         """Take a registration back. Local; the memory may be unmapped afterwards."""
         check(_library.commplane_car_unregister_symmetric(self._handle, number))
 
+    def enable_single_copy(self, min_bytes: int, max_bytes: int) -> None:
+        """Send staged all-reduces of that many bytes without staging. Local; the same on every rank, after each has probed."""
+        check(_library.commplane_car_single_copy_enable(self._handle, min_bytes, max_bytes))
+
+    def probe_single_copy(self) -> None:
+        """NativeError if this process may not read the memory of every peer. Local, after every rank has opened."""
+        check(_library.commplane_car_single_copy_probe(self._handle))
+
+    def flight(self) -> list[FlightEntry]:
+        """The last calls, oldest first. Local, from any thread."""
+        entries = (FlightEntry * FLIGHT_RECORDS)()
+        count = ctypes.c_uint64()
+        size = ctypes.sizeof(FlightEntry)
+        check(_library.commplane_car_flight(self._handle, entries, size, FLIGHT_RECORDS, ctypes.byref(count)))
+        return list(entries[: count.value])
+
     def detail(self) -> StatusDetail:
         """What is known about the failure that poisoned this communicator; of no failure, only ``seq``."""
-        detail = _Detail(size=ctypes.sizeof(_Detail))
+        detail = Detail(size=ctypes.sizeof(Detail))
         check(_library.commplane_car_status_detail(self._handle, ctypes.byref(detail)))
         return StatusDetail(
             seq=int(detail.sequence),
@@ -456,6 +270,7 @@ class Comm:
             missing=_ranks(detail.missing_mask),
             mismatched={rank: _call_text(detail.peers[rank]) for rank in _ranks(detail.mismatch_mask)},
             aborted=_ranks(detail.abort_mask),
+            dead=_ranks(detail.dead_mask),
         )
 
 

@@ -1,19 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backend: torch tensors in, native calls out."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 
-from commplane.api import Bootstrap, BuildContext, Collective, CommBackend, ReduceOp, Requirement, Workspace, refuse_overlap
-from commplane.errors import CommunicatorError, MismatchError, PeerError, UnsupportedOperation
-from commplane_custom_ar import _native
-from commplane_custom_ar._native import DTYPES, OPS, Comm, Segment
-from commplane_custom_ar.segments import map_together
+from commplane.api import Bootstrap, BuildContext, Collective, CommBackend, FlightRecord, ReduceOp, Requirement, Workspace
+from commplane.errors import CommunicatorError
+from commplane_custom_ar import _native, flight
+from commplane_custom_ar._native import NativeError
+from commplane_custom_ar.calls import Target
+from commplane_custom_ar.codes import DTYPES, OPS
+from commplane_custom_ar.faults import explain
+from commplane_custom_ar.staging import Staging, StagingWorkspace, build
 from commplane_custom_ar.symmetric import SymmetricHeap
 
 __all__ = ["CustomAllReduce"]
@@ -24,58 +27,14 @@ _INITIAL_CHUNK = 16384
 Call = Callable[..., Any]
 
 
-@dataclass
-class Staging:
-    """A segment with a communicator on it. `chunk`: bytes that one step carries."""
-
-    segment: Segment
-    comm: Comm
-    chunk: int
-
-    def close(self) -> None:
-        """Unmap. A call of another thread is made to end first; it raises in that thread."""
-        deadline = time.monotonic() + 5.0
-        while True:
-            try:
-                self.comm.close()
-                break
-            except _native.NativeError as error:
-                if error.status != _native.EBUSY or time.monotonic() > deadline:
-                    raise
-                self.comm.abort()
-                time.sleep(0.001)
-        self.segment.close()
-
-
-class StagingWorkspace(Workspace):
-    """Larger staging, built beside the present one and taken into use when every rank has built it."""
-
-    backend = "custom_ar"
-
-    def __init__(self, owner: CustomAllReduce, staging: Staging) -> None:
-        self.nbytes = staging.chunk * _native.RING_SLOTS
-        self._owner = owner
-        self._staging: Staging | None = staging
-
-    def commit(self) -> None:
-        """Take it into use; the one before goes. From here on the backend owns it."""
-        staging, self._staging = self._staging, None
-        if staging is not None:
-            self._owner.use(staging)
-
-    def close(self) -> None:
-        """Before `commit`: it was built in vain. After it: nothing, the backend closes what it uses."""
-        staging, self._staging = self._staging, None
-        if staging is not None:
-            staging.close()
-
-
 class CustomAllReduce(CommBackend):
-    """All-reduce and barrier through a shared-memory segment of the group's own.
+    """Collectives through a shared-memory segment of the group's own.
 
     Results are bitwise equal on all ranks, for staged and symmetric tensors: added in the order of group ranks, 16-bit types
     in float32 and rounded once.
     """
+
+    keeps_flight_records: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._staging: Staging | None = None
@@ -87,44 +46,42 @@ class CustomAllReduce(CommBackend):
         _native.set_isa(context.options["isa"])
         self._native = _native.load(context.options["binding"])
         self._largest_chunk = max(4096, -(-context.options["chunk_bytes"] // 64) * 64)
-        self._staging = self._build(min(_INITIAL_CHUNK, self._largest_chunk))
+        self._staging = build(context, min(_INITIAL_CHUNK, self._largest_chunk))
+        self._single_copy = self._agree_on_single_copy(self._staging)
+        self._use_single_copy(self._staging)
         self._heap = SymmetricHeap(context, self._staging.comm)
 
-    def _build(self, chunk: int) -> Staging:
-        """Staging for chunks of `chunk` bytes, in a segment of its own. Collective."""
-        context = self._context
-        nbytes = chunk * _native.RING_SLOTS
-        layout = _native.layout(context.world_size, nbytes)
-        own = layout.offsets[context.rank]
-        segment = map_together(context.bootstrap, "staging", layout.total, own, layout.part_bytes)
+    def _agree_on_single_copy(self, staging: Staging) -> tuple[int, int]:
+        """The bytes of messages that go by single copy: the settings' where every rank may read every other. Collective."""
+        smallest, largest = self._context.options["single_copy_min_bytes"], self._context.options["single_copy_max_bytes"]
+        if largest <= 0:
+            return 0, 0
+        bootstrap = self._context.bootstrap
+        bootstrap.barrier(what="single copy: all ranks have opened")
         try:
-            comm = Comm(
-                segment,
-                rank=context.rank,
-                world_size=context.world_size,
-                staging_bytes=nbytes,
-                chunk_bytes=chunk,
-                oversubscribed=context.facts.oversubscribed(context.ranks),
-                timeout_s=context.timeout,
-            )
-        except BaseException:
-            segment.close()
-            raise
-        return Staging(segment, comm, chunk)
+            staging.comm.probe_single_copy()
+            allowed = True
+        except NativeError:
+            allowed = False
+        return (smallest, largest) if all(bootstrap.all_gather(allowed, what="single copy: probe")) else (0, 0)
+
+    def _use_single_copy(self, staging: Staging) -> None:
+        staging.comm.enable_single_copy(*self._single_copy)
 
     def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
         """Staging for what the largest message needs, up to the setting ``chunk_bytes``. Collective."""
-        sizes = [r.max_bytes for r in requirements if r.collective is Collective.ALL_REDUCE and r.dtype in DTYPES]
+        sizes = [r.max_bytes for r in requirements if r.collective is not Collective.BARRIER and r.dtype in DTYPES]
         wanted = min(max(sizes, default=0), self._largest_chunk)
         present = self._open().chunk
         chunk = present
         while chunk < wanted:
             chunk = min(chunk * 2, self._largest_chunk)
-        return [] if chunk == present else [StagingWorkspace(self, self._build(chunk))]
+        return [] if chunk == present else [StagingWorkspace(self._use, build(self._context, chunk))]
 
-    def use(self, staging: Staging) -> None:
+    def _use(self, staging: Staging) -> None:
         """Go over to `staging` and close the present one. Local; every rank has built its part."""
         old, self._staging = self._staging, staging
+        self._use_single_copy(staging)
         if self._heap is not None:
             self._heap.move_to(staging.comm)
         if old is not None:
@@ -157,6 +114,18 @@ class CustomAllReduce(CommBackend):
     def capture_end(self, bootstrap: Bootstrap) -> None:
         """Nothing to exchange: on a CPU there are no recorded addresses; core has compared the operations."""
 
+    def flight_records(self) -> Sequence[FlightRecord]:
+        """From the library's own ring. Local, from any thread."""
+        staging = self._staging
+        return () if staging is None else flight.records(staging.comm)
+
+    def bare(self, tensor: torch.Tensor, op: ReduceOp) -> Callable[[], object]:
+        """The library's function with all its arguments."""
+        pointer, dtype = tensor.data_ptr(), DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        return partial(self._native.all_reduce, self._open().comm.handle, pointer, pointer, tensor.numel(), dtype, OPS[str(op)])
+
+    # The methods of the contract; what core calls is what `bind` hands out.
+
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """In place; any shape and layout."""
         return self.bind(Collective.ALL_REDUCE, op, tensor.dtype, in_place=True)(tensor)  # type: ignore[no-any-return]
@@ -165,74 +134,44 @@ class CustomAllReduce(CommBackend):
         """Out of place; any shape and layout."""
         return self.bind(Collective.ALL_REDUCE, op, tensor.dtype, in_place=False)(tensor)  # type: ignore[no-any-return]
 
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenated along dimension 0."""
+        return self.bind(Collective.ALL_GATHER, None, tensor.dtype, in_place=False)(tensor)  # type: ignore[no-any-return]
+
+    def reduce_scatter(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """Cut along dimension 0."""
+        return self.bind(Collective.REDUCE_SCATTER, op, tensor.dtype, in_place=False)(tensor)  # type: ignore[no-any-return]
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        """In place from group rank `src`."""
+        return self.bind(Collective.BROADCAST, None, tensor.dtype, in_place=True)(tensor, src)  # type: ignore[no-any-return]
+
+    def all_reduce_rms_norm(
+        self, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fused, one pass over the data."""
+        call = self.bind(Collective.ALL_REDUCE_RMS_NORM, None, tensor.dtype, in_place=False)
+        return call(tensor, residual, weight, eps, weight_bias)  # type: ignore[no-any-return]
+
     def barrier(self) -> None:
         """Return when all ranks have come here."""
-        status = self._native.barrier(self._open().comm.handle)
-        if status:
-            raise self._error(status)
+        self.bind(Collective.BARRIER, None, None, in_place=False)()
 
     def bind(self, collective: Collective, op: ReduceOp | None, dtype: torch.dtype | None, *, in_place: bool) -> Call:
-        """A closure over native constants: what is known once is looked up once."""
-        if collective is not Collective.ALL_REDUCE:
-            return super().bind(collective, op, dtype, in_place=in_place)
-        native, handle = self._native.all_reduce, self._open().comm.handle
-        dtype_code, op_code = DTYPES[str(dtype).removeprefix("torch.")], OPS[str(op)]
-        fail, dense_of, empty_like, who = self._error, self._dense, torch.empty_like, self._context.who
-
-        def all_reduce_(tensor: torch.Tensor) -> torch.Tensor:
-            if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
-                refuse_overlap(tensor, who)
-                tensor.detach().copy_(all_reduce_(dense_of(tensor)))
-                return tensor
-            pointer = tensor.data_ptr()
-            status = native(handle, pointer, pointer, tensor.numel(), dtype_code, op_code)
-            if status:
-                raise fail(status)
-            return tensor
-
-        def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-            if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
-                return all_reduce_(dense_of(tensor))
-            out = empty_like(tensor)  # never requires grad: collectives happen outside of autograd
-            status = native(handle, tensor.data_ptr(), out.data_ptr(), tensor.numel(), dtype_code, op_code)
-            if status:
-                raise fail(status)
-            return out
-
-        return all_reduce_ if in_place else all_reduce
-
-    def _dense(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy of a CPU tensor."""
-        if not tensor.is_cpu:
-            raise UnsupportedOperation(f"{self._context.who} wanted a tensor on cpu, found one on {tensor.device}")
-        return tensor.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
-
-    def _error(self, status: int) -> CommunicatorError:
-        """The native status as an exception, with ranks as global ranks."""
-        who, ranks = self._context.who, self._context.ranks
-        name = _native.STATUS.get(status, str(status))
-        if name == "EBUSY":
-            return UnsupportedOperation(f"{who} wanted one thread at a time, found another in a call: give each its communicator")
-        detail = self._open().comm.detail()
-        at = f"{detail.operation} number {detail.seq}"
-        missing = [ranks[r] for r in detail.missing if r not in detail.aborted]
-        gone = [ranks[r] for r in detail.aborted]
-        if name in ("ETIMEDOUT", "EABORTED") and missing:
-            dead = self._context.facts.dead(missing)
-            ended = f", of which {_names(dead)} ended" if dead else ""
-            told = "" if name == "ETIMEDOUT" else f" (rank {_names(gone)} gave up first)"
-            return PeerError(
-                f"{who} {at}: waited up to {self._context.timeout:g} s for rank {_names(missing)}{ended}{told}: did it make the "
-                f"same calls? COMMPLANE_TIMEOUT sets the limit",
-                missing,
-            )
-        if name == "EABORTED":
-            return PeerError(f"{who} {at}: rank {_names(gone)} gave up", gone)
-        if name == "EMISMATCH":
-            shown = "; ".join(f"rank {ranks[r]} called {text}" for r, text in sorted(detail.mismatched.items()))
-            return MismatchError(f"{who} {at}: ranks called with different arguments: {shown}")
-        return CommunicatorError(f"{who} {at}: native status {name}: {_native.last_error()}")
-
-
-def _names(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))
+        """A closure over native constants."""
+        comm, context = self._open().comm, self._context
+        fail = partial(explain, context, comm)
+        target = Target(self._native, comm.handle, context.who, context.rank, context.world_size, fail)
+        if collective is Collective.BARRIER:
+            return target.barrier()
+        code = DTYPES[str(dtype).removeprefix("torch.")]
+        if collective is Collective.ALL_GATHER:
+            return target.all_gather(code)
+        if collective is Collective.BROADCAST:
+            return target.broadcast(code)
+        if collective is Collective.ALL_REDUCE_RMS_NORM:
+            return target.all_reduce_rms_norm(code) if dtype != torch.float64 else target.all_reduce_then_rms_norm(code)
+        op_code = OPS[str(op)]
+        if collective is Collective.REDUCE_SCATTER:
+            return target.reduce_scatter(code, op_code)
+        return target.all_reduce_(code, op_code) if in_place else target.all_reduce(code, op_code)

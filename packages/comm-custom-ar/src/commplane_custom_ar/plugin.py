@@ -9,7 +9,7 @@ __all__ = ["commplane_register_comm_backends"]
 
 @hookimpl
 def commplane_register_comm_backends() -> list[BackendSpec]:
-    """`custom_ar`: all-reduce through shared memory, for groups inside one host."""
+    """`custom_ar`: collectives through shared memory, for groups inside one host."""
     return [
         BackendSpec(
             name="custom_ar",
@@ -18,11 +18,15 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
             probe="commplane_custom_ar.probe:probe",
             capabilities={
                 Capability.ALL_REDUCE,
+                Capability.ALL_GATHER,
+                Capability.REDUCE_SCATTER,
+                Capability.BROADCAST,
+                Capability.ALL_REDUCE_RMS_NORM,
                 Capability.BARRIER,
                 Capability.SYMMETRIC_MEMORY,
                 Capability.CAPTURE,
             },
-            dtypes={"float32", "bfloat16", "float16"},
+            dtypes={"float32", "bfloat16", "float16", "float64", "int32", "int64", "int8", "uint8"},
             ops={"sum", "min", "max", "avg"},
             device="cpu",
             max_world_size=64,
@@ -33,7 +37,11 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
                 # of 16 KiB to 1 MiB for messages from 256 KiB up.
                 # Rounded up to a multiple of 64, and to 4096 at least.
                 "chunk_bytes": 65536,
-                # Vector code to use: auto, baseline, avx2 or avx512. For tests and comparisons.
+                # Messages from the one to the other are read straight out of the peers' memory (process_vm_readv) where every
+                # rank may do so; 0 as the most turns it off.
+                "single_copy_min_bytes": 0,
+                "single_copy_max_bytes": 0,
+                # Vector code to use: auto, baseline, avx2, avx512 or avx512_bf16. For tests and comparisons.
                 "isa": "auto",
                 # How Python calls the native library: auto, abi3 or ctypes; abi3 costs a tenth, ctypes works everywhere.
                 "binding": "auto",

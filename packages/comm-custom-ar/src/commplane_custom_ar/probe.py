@@ -1,4 +1,4 @@
-"""Can this group all-reduce through shared memory? Local, no side effects but loading the native library."""
+"""Can this group communicate through shared memory? Local, no side effects but loading the native library."""
 
 from __future__ import annotations
 

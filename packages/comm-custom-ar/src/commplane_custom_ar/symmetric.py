@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from commplane.api import BuildContext
-from commplane_custom_ar._native import EBUSY, Comm, NativeError, Segment
+from commplane_custom_ar._native import Comm, NativeError, Segment
+from commplane_custom_ar.codes import EBUSY
 from commplane_custom_ar.segments import map_together
 
 __all__ = ["Region", "SymmetricHeap"]

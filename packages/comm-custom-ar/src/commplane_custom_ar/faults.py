@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A native status as an exception of the contract, with ranks as global ranks. Local."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from commplane.api import BuildContext
+from commplane.errors import CommunicatorError, MismatchError, PeerError, UnsupportedOperation
+from commplane_custom_ar import _native
+from commplane_custom_ar._native import Comm
+from commplane_custom_ar.codes import STATUS
+
+__all__ = ["explain"]
+
+
+def explain(context: BuildContext, comm: Comm, status: int) -> CommunicatorError:
+    """What to raise for `status`, which a call on `comm` returned."""
+    who, ranks = context.who, context.ranks
+    name = STATUS.get(status, str(status))
+    if name == "EBUSY":
+        return UnsupportedOperation(f"{who} wanted one thread at a time, found another in a call: give each its communicator")
+    detail = comm.detail()
+    at = f"{detail.operation} number {detail.seq}"
+    missing = [ranks[r] for r in detail.missing if r not in detail.aborted]
+    gone = [ranks[r] for r in detail.aborted if r != context.rank]
+    if name == "EMISMATCH":
+        shown = "; ".join(f"rank {ranks[r]} called {text}" for r, text in sorted(detail.mismatched.items()))
+        return MismatchError(f"{who} {at}: ranks called with different arguments: {shown}")
+    first = f" (rank {_names(gone)} gave up first)" if name == "EABORTED" else ""
+    dead = [r for r in missing if r in context.facts.dead(missing) or r in [ranks[d] for d in detail.dead]]
+    if name in ("EPEERDEAD", "ETIMEDOUT", "EABORTED") and dead:
+        return PeerError(
+            f"{who} {at}: the process of rank {_names(dead)} has ended{first}: close and start over without it", dead
+        )
+    if name in ("ETIMEDOUT", "EABORTED") and missing:
+        return PeerError(
+            f"{who} {at}: waited up to {context.timeout:g} s for rank {_names(missing)}{first}: did it make the same calls? "
+            f"COMMPLANE_TIMEOUT sets the limit",
+            missing,
+        )
+    if name == "EABORTED" and gone:
+        return PeerError(f"{who} {at}: rank {_names(gone)} gave up", gone)
+    return CommunicatorError(f"{who} {at}: native status {name}: {_native.last_error()}")
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
