@@ -11,6 +11,7 @@
 #include "reduce.h"
 #include "region.h"
 #include "segment.h"
+#include "tuning.h"
 
 namespace car = commplane_car;
 
@@ -343,6 +344,12 @@ int commplane_car_barrier(commplane_car_comm* comm) {
 
 int commplane_car_single_copy_probe(commplane_car_comm* comm) {
     return comm == nullptr ? null_comm() : car::single_copy_probe(*comm);
+}
+
+void commplane_car_single_copy_range(uint32_t world_size, uint64_t* min_bytes, uint64_t* max_bytes) {
+    const car::SizeRange range = car::single_copy_range(world_size);
+    *min_bytes = range.min_bytes;
+    *max_bytes = range.max_bytes;
 }
 
 int commplane_car_single_copy_enable(commplane_car_comm* comm, uint64_t min_bytes, uint64_t max_bytes) {

@@ -42,7 +42,7 @@ int check(const commplane_car_options& options) {
 void introduce(Comm& comm, uint64_t token) {
     const ProcessIdentity self = this_process();
     HelloLine& hello = comm.control[comm.rank]->hello;
-    hello.geometry.store(geometry_of(comm.world, comm.rank), std::memory_order_relaxed);
+    hello.geometry.store(geometry_of(comm, comm.rank), std::memory_order_relaxed);
     hello.slot_bytes.store(comm.slot_bytes, std::memory_order_relaxed);
     hello.token.store(token, std::memory_order_relaxed);
     hello.process_id.store(self.id, std::memory_order_relaxed);

@@ -189,14 +189,14 @@ int greet(Comm& comm) {
     for (uint32_t rank = 0; rank < comm.world; ++rank) {
         const HelloLine& hello = comm.control[rank]->hello;
         if (hello.magic.load(std::memory_order_acquire) == kMagic &&
-            hello.geometry.load(std::memory_order_relaxed) == geometry_of(comm.world, rank) &&
+            hello.geometry.load(std::memory_order_relaxed) == geometry_of(comm, rank) &&
             hello.slot_bytes.load(std::memory_order_relaxed) == comm.slot_bytes &&
             hello.token.load(std::memory_order_relaxed) == mine.token.load(std::memory_order_relaxed)) {
             continue;
         }
         poison(comm, COMMPLANE_CAR_EMISMATCH, Descriptor{}, 0, bit(rank), 0);
         return fail(COMMPLANE_CAR_EMISMATCH,
-                    "rank %u opened its communicator with another world size, staging, chunk size or token than rank %u", rank,
+                    "rank %u opened its communicator with another world size, chunk size, token or share of cores than rank %u", rank,
                     comm.rank);
     }
     comm.greeted = true;

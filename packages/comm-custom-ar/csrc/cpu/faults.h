@@ -22,8 +22,9 @@ void tell_peers(Comm& comm, uint64_t culprits);
 
 void set_interrupt_check(int (*check)(void));
 
-inline uint64_t geometry_of(uint64_t world, uint64_t rank) {
-    return (uint64_t{COMMPLANE_CAR_ABI_MAJOR} << 32) | (world << 16) | rank;
+// What has to fit between the ranks: also `oversubscribed`, which decides which algorithm runs.
+inline uint64_t geometry_of(const Comm& comm, uint64_t rank) {
+    return (uint64_t{comm.oversubscribed} << 48) | (uint64_t{COMMPLANE_CAR_ABI_MAJOR} << 32) | (uint64_t{comm.world} << 16) | rank;
 }
 
 }  // namespace commplane_car

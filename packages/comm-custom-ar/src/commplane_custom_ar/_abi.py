@@ -100,6 +100,7 @@ def bind_prototypes(library: ctypes.CDLL) -> None:
         "broadcast": (code, [pointer, pointer, u64, code, u32]),
         "all_reduce_rms_norm": (code, [*[pointer] * 6, u64, u64, code, ctypes.c_float, ctypes.c_float]),
         "single_copy_probe": (code, [pointer]),
+        "single_copy_range": (None, [u32, ctypes.POINTER(u64), ctypes.POINTER(u64)]),
         "single_copy_enable": (code, [pointer, u64, u64]),
         "flight": (code, [pointer, pointer, u64, u64, ctypes.POINTER(u64)]),
         "set_interrupt_check": (None, [pointer]),

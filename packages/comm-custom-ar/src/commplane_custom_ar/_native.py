@@ -33,6 +33,7 @@ __all__ = [
     "layout",
     "load",
     "set_isa",
+    "single_copy_range",
 ]
 
 
@@ -92,6 +93,13 @@ def layout(world_size: int, staging_bytes: int) -> Layout:
     check(_library.commplane_car_layout(ctypes.byref(options), ctypes.byref(info)))
     part = int(info.part_bytes)
     return Layout(int(info.total_bytes), tuple(rank * part for rank in range(world_size)), part)
+
+
+def single_copy_range(world_size: int) -> tuple[int, int]:
+    """The bytes of messages for which single copy was measured to be faster than staging; (0, 0) for none. Pure."""
+    smallest, largest = ctypes.c_uint64(), ctypes.c_uint64()
+    _library.commplane_car_single_copy_range(world_size, ctypes.byref(smallest), ctypes.byref(largest))
+    return smallest.value, largest.value
 
 
 class Segment:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from commplane.api import Bootstrap, BuildContext, Collective, CommBackend, FlightRecord, ReduceOp, Requirement, Workspace
-from commplane.errors import CommunicatorError
+from commplane.errors import CommunicatorError, ConfigError
 from commplane_custom_ar import _native, flight
 from commplane_custom_ar._native import NativeError
 from commplane_custom_ar.calls import Target
@@ -21,8 +21,8 @@ from commplane_custom_ar.symmetric import SymmetricHeap
 
 __all__ = ["CustomAllReduce"]
 
-# Staging before `prepare`: enough for the canary and for small messages; any size still works, in more steps.
-_INITIAL_CHUNK = 16384
+# Bytes of a step before `prepare`. What the setting allows beyond is built when it is declared to be needed.
+_INITIAL_CHUNK = 65536
 
 Call = Callable[..., Any]
 
@@ -52,8 +52,8 @@ class CustomAllReduce(CommBackend):
         self._heap = SymmetricHeap(context, self._staging.comm)
 
     def _agree_on_single_copy(self, staging: Staging) -> tuple[int, int]:
-        """The bytes of messages that go by single copy: the settings' where every rank may read every other. Collective."""
-        smallest, largest = self._context.options["single_copy_min_bytes"], self._context.options["single_copy_max_bytes"]
+        """The bytes of messages that go by single copy: the setting's, where every rank may read every other. Collective."""
+        smallest, largest = _single_copy_range(self._context)
         if largest <= 0:
             return 0, 0
         bootstrap = self._context.bootstrap
@@ -175,3 +175,16 @@ class CustomAllReduce(CommBackend):
         if collective is Collective.REDUCE_SCATTER:
             return target.reduce_scatter(code, op_code)
         return target.all_reduce_(code, op_code) if in_place else target.all_reduce(code, op_code)
+
+
+def _single_copy_range(context: BuildContext) -> tuple[int, int]:
+    """The smallest and the largest message, in bytes; (0, 0) for none."""
+    setting = context.options["single_copy"]
+    if setting == "auto":
+        return _native.single_copy_range(context.world_size)
+    if setting == "off":
+        return 0, 0
+    smallest, _, largest = setting.partition(":")
+    if not (smallest.isdecimal() and largest.isdecimal() and 0 < int(largest) < 1 << 48):
+        raise ConfigError(f"{context.who} setting single_copy: wanted auto, off or MIN:MAX in bytes, found {setting!r}")
+    return int(smallest), int(largest)

@@ -37,10 +37,9 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
                 # of 16 KiB to 1 MiB for messages from 256 KiB up.
                 # Rounded up to a multiple of 64, and to 4096 at least.
                 "chunk_bytes": 65536,
-                # Messages from the one to the other are read straight out of the peers' memory (process_vm_readv) where every
-                # rank may do so; 0 as the most turns it off.
-                "single_copy_min_bytes": 0,
-                "single_copy_max_bytes": 0,
+                # Large messages may be read straight out of the peers' memory (process_vm_readv), where every rank may do so:
+                # auto for the sizes at which that was measured to be faster, off, or MIN:MAX in bytes.
+                "single_copy": "auto",
                 # Vector code to use: auto, baseline, avx2, avx512 or avx512_bf16. For tests and comparisons.
                 "isa": "auto",
                 # How Python calls the native library: auto, abi3 or ctypes; abi3 costs a tenth, ctypes works everywhere.
