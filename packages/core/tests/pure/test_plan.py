@@ -53,6 +53,10 @@ def questions() -> list[tuple[Collective, ReduceOp | None]]:
     return [(c, op) for c in SIZED for op in (list(ReduceOp) if c.reduces else [None])]
 
 
+def adds(collective: Collective) -> bool:
+    return collective in (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE_RMS_NORM)
+
+
 def covers(
     spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int, numerics: str = "any"
 ) -> bool:
@@ -60,7 +64,8 @@ def covers(
     return (
         str(collective) in {str(c) for c in spec.capabilities}
         and (op is None or op in spec.ops)
-        and (op is None or numerics == "any" or spec.numerics is Numerics.RANK_ORDER)
+        and (not adds(collective) or numerics == "any" or spec.numerics is Numerics.RANK_ORDER)
+        and (collective is not Collective.ALL_REDUCE_RMS_NORM or dtype != "int8")
         and (not spec.dtypes or dtype in spec.dtypes)
         and spec.min_bytes <= nbytes
         and (spec.max_bytes is None or nbytes <= spec.max_bytes)
@@ -104,7 +109,11 @@ def test_explain_names_the_backend_that_the_routes_give_and_a_reason_for_every_o
     for collective, op in questions():
         answer = plan.explain(str(collective), nbytes=nbytes, dtype="float32", op=str(op or "sum"))
         wanted = [s.name for s in specs if covers(s, collective, op, "float32", nbytes, numerics)]
-        assert answer.chosen == (wanted[0] if wanted else None)
+        chosen = wanted[0] if wanted else None
+        if chosen is None and collective is Collective.ALL_REDUCE_RMS_NORM:
+            parts = [s.name for s in specs if covers(s, Collective.ALL_REDUCE, ReduceOp.SUM, "float32", nbytes, numerics)]
+            chosen = f"composed of all_reduce by {parts[0]} and torch" if parts else None
+        assert answer.chosen == chosen
         others = dict(answer.others)
         assert sorted([*others, *wanted[:1]]) == sorted(["z", *(s.name for s in specs)])
         assert others["z"] == "canary: wrong sum"

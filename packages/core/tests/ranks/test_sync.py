@@ -1,4 +1,4 @@
-"""Sync rounds, bootstrap sync and the unfused all-reduce + RMSNorm, threads as ranks."""
+"""Sync rounds and bootstrap sync, threads as ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from commplane import errors, hookimpl
 from commplane.api import Bootstrap, SyncField, SyncSpec, Vote
@@ -106,24 +105,3 @@ def test_bootstrap_sync_gives_the_leaders_value_and_a_plugin_may_know_better() -
 
     assert run(3, rank_main, lambda _rank: PluginHost()) == [8998] * 3
     assert run(3, rank_main, other) == [9000] * 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_all_reduce_rms_norm_rounds_as_documented_and_leaves_its_inputs(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(5, 64, generator=generator).to(dtype) for _ in range(2)]
-    residual, weight = torch.randn(5, 64, generator=generator).to(dtype), torch.randn(64, generator=generator).to(dtype)
-
-    def rank_main(plane: Plane) -> tuple[torch.Tensor, torch.Tensor]:
-        tp = plane.communicator("tp")
-        x, r = parts[tp.rank].clone(), residual.clone()
-        out = tp.all_reduce_rms_norm(x, r, weight, eps=1e-5)
-        assert torch.equal(x, parts[tp.rank]) and torch.equal(r, residual)
-        return out
-
-    total = (parts[0] + parts[1]) + residual
-    wide = total.double() if dtype is torch.float64 else total.float()
-    wanted = torch.nn.functional.rms_norm(wide, (64,), weight.to(wide.dtype), eps=1e-5)
-    for norm, new_residual in run(2, rank_main, lambda _rank: PluginHost()):
-        assert torch.equal(new_residual, total)
-        torch.testing.assert_close(norm, wanted.to(dtype), rtol=2**-7 if dtype is torch.bfloat16 else 1e-6, atol=1e-6)

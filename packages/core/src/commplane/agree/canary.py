@@ -3,6 +3,9 @@
 Rank r contributes a value at position r (modulo the world size) and zero elsewhere, so that each element of a sum is one rank's
 contribution: a rank left out, counted twice, or of another group shows at its own position. Two rounds with different values
 catch a buffer that is not refreshed. All values are small integers, exact in every dtype.
+
+For `all_reduce_rms_norm` the residual makes every sum one whose norm is exact too, with an eps, a weight and a bias of the weight
+that each change the result: only how the reciprocal root is approximated is left to the backend.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ __all__ = ["CanaryError", "check", "verify_overrides"]
 
 # Beyond one element a rank, so that vector code and its tail both run.
 _REPEATS = 9
+
+# How far a norm may be from the exact one, in units of its last place.
+_NORM_ULPS = 2
 
 
 class CanaryError(Exception):
@@ -47,6 +53,11 @@ def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> Non
             continue
         for name in sorted(spec.dtypes) or ["float32"]:
             dtype = getattr(torch, name)
+            if collective is Collective.ALL_REDUCE_RMS_NORM:
+                if dtype.is_floating_point:
+                    for salt in (0, 1):
+                        _check_norm(backend, context, dtype, salt)
+                continue
             ops: list[ReduceOp | None] = [None]
             if collective.reduces:
                 ops = [o for o in ReduceOp if o in spec.ops and (o is not ReduceOp.AVG or dtype.is_floating_point)]
@@ -99,6 +110,39 @@ def _run(
     elif collective is Collective.BROADCAST:
         src = salt % n
         yield f"broadcast from {src}", backend.broadcast(mine, src), rows[src]
+
+
+def _check_norm(backend: CommBackend, context: BuildContext, dtype: torch.dtype, salt: int) -> None:
+    """Three rows whose squares have the means 3, 15 and 63, which an eps of 1 makes powers of 4; in the second round times 4."""
+    rows = _values(context, dtype, salt).repeat(1, 4).reshape(context.world_size, 3, -1)
+    hidden = rows.shape[-1]
+    scale = 1 + salt
+    new = torch.tensor([[1, 3, -1, 1], [1, -1, 3, 7], [-1, 1, 9, 13]]).mul_(scale).repeat(1, hidden // 4).to(rows)
+    inverse = torch.tensor([[1 / 2], [1 / 4], [1 / 8]], dtype=torch.float64, device=rows.device) / scale
+    residual = new - rows.sum(0)
+    weight = (torch.arange(hidden, device=rows.device) % 7 + 0.5).to(dtype)
+    eps, weight_bias = float(scale**2), float(salt)
+    norm = new.double() * inverse * (weight_bias + weight.double())
+    what = f"all_reduce_rms_norm with eps {eps:g} and weight_bias {weight_bias:g} of {str(dtype).removeprefix('torch.')}"
+    inputs = rows[context.rank].clone(), residual.clone(), weight.clone()
+    got, total = backend.all_reduce_rms_norm(*inputs, eps, weight_bias)
+    _compare(f"the residual of {what}", total, new, None, context)
+    for name, after, before in zip(("tensor", "residual", "weight"), inputs, (rows[context.rank], residual, weight), strict=True):
+        if not torch.equal(after, before):
+            raise CanaryError(f"{what} changed its {name}")
+    if got.shape != norm.shape or got.dtype is not dtype or total.dtype is not dtype:
+        raise CanaryError(
+            f"{what} gave a norm of {got.dtype}{list(got.shape)} and a residual of {total.dtype}, "
+            f"wanted {dtype}{list(norm.shape)} for both"
+        )
+    place = torch.finfo(dtype).eps * torch.exp2(norm.abs().log2().floor())
+    wrong = ~((got.double() - norm).abs() <= _NORM_ULPS * place)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise CanaryError(
+            f"{what} is wrong: the norm at row {row}, column {column} is {got[row, column].item():g}, "
+            f"wanted {norm[row, column].item():g}"
+        )
 
 
 def _compare(what: str, got: Tensor, wanted: Tensor, op: ReduceOp | None, context: BuildContext) -> None:

@@ -11,6 +11,7 @@ from commplane.api.facts import Facts, RankFacts
 from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
 from commplane.api.markers import hookimpl
+from commplane.api.norm import add_rms_norm
 from commplane.api.shm import owned_name, sweep
 from commplane.api.spec import BackendSpec, PageStoreSpec, Spec, SyncField, SyncSpec, TransferSpec
 from commplane.api.types import Capability, Collective, Numerics, ReduceOp, Vote
@@ -47,6 +48,7 @@ __all__ = [
     "Verdict",
     "Vote",
     "Workspace",
+    "add_rms_norm",
     "hookimpl",
     "owned_name",
     "refuse_overlap",

@@ -134,6 +134,20 @@ class CommBackend(ABC):
         """Fill `tensor` in place from group rank `src`. Collective; returns `tensor`."""
         raise self._unsupported(Capability.BROADCAST)
 
+    def all_reduce_rms_norm(
+        self, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum `tensor`, add `residual`, normalise over the last dimension. Collective. Returns the norm and the new residual.
+
+        Rounded where `commplane.api.add_rms_norm` rounds after an `all_reduce`; how the squares of a row are added up and the
+        root is taken is the backend's. The inputs are left as they were; the results are new and do not require grad.
+
+        The communicator has checked that `residual` has the shape, dtype and device of `tensor`, that `weight` is one row of
+        the same, and that `eps` and `weight_bias` are finite. There may be 0 elements, any hidden size, any layout, and inputs
+        that require grad. All but `tensor` is equal on all ranks, which need not be checked.
+        """
+        raise self._unsupported(Capability.ALL_REDUCE_RMS_NORM)
+
     def barrier(self) -> None:
         """Return when all ranks have come here. Collective."""
         raise self._unsupported(Capability.BARRIER)
@@ -172,8 +186,9 @@ class CommBackend(ABC):
     ) -> Callable[..., Any]:
         """The callable that the dispatch table holds for one (collective, op, dtype). Local.
 
-        It takes the tensor, and ``src`` for broadcast. Override to hand out something leaner than a method. Bound anew after
-        each `init_workspace`, so it may hold on to what was built.
+        It takes what the method takes, but for `op`: the tensor, then ``src`` for broadcast, or residual, weight, eps and
+        weight_bias, all by position. Override to hand out something leaner than a method. Bound anew after each
+        `init_workspace`, so it may hold on to what was built.
         """
         if collective is Collective.ALL_REDUCE:
             method = self.all_reduce_ if in_place else self.all_reduce

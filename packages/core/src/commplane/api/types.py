@@ -20,11 +20,18 @@ class Collective(_Text):
     REDUCE_SCATTER = "reduce_scatter"
     BROADCAST = "broadcast"
     BARRIER = "barrier"
+    ALL_REDUCE_RMS_NORM = "all_reduce_rms_norm"
+    """A sum over the ranks, a residual added, and the RMS norm of that; where no backend has it, composed of `ALL_REDUCE`."""
 
     @property
     def reduces(self) -> bool:
         """Whether the operation takes a `ReduceOp`."""
         return self in (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER)
+
+    @property
+    def combines(self) -> bool:
+        """Whether numbers of several ranks become one, so that what a backend promises of the order of additions matters."""
+        return self.reduces or self is Collective.ALL_REDUCE_RMS_NORM
 
 
 class ReduceOp(_Text):
@@ -45,6 +52,8 @@ class Capability(_Text):
     REDUCE_SCATTER = "reduce_scatter"
     BROADCAST = "broadcast"
     BARRIER = "barrier"
+    ALL_REDUCE_RMS_NORM = "all_reduce_rms_norm"
+    """Since comm 1.1. For the floating-point dtypes of the spec; the spec's ops do not bear on it, it sums."""
     SYMMETRIC_MEMORY = "symmetric_memory"
     """`empty`: tensors in memory that every rank maps, reduced without a staging copy."""
     CAPTURE = "capture"

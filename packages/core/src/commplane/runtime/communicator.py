@@ -16,6 +16,7 @@ from commplane.runtime.capture import agree_on_capture
 from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable
 from commplane.runtime.joint import JointSteps
 from commplane.runtime.memory import GroupMemory
+from commplane.runtime.norm import fits, misfit
 from commplane.select import Plan
 
 if TYPE_CHECKING:
@@ -160,7 +161,12 @@ class Communicator:
             raise self._failed(error) from error.__cause__
 
     def all_reduce_rms_norm(
-        self, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        weight_bias: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum `tensor` over the ranks, add `residual`, normalise: what stands between two halves of a transformer layer.
 
@@ -168,20 +174,26 @@ class Communicator:
             tensor: this rank's partial sums, ``[..., hidden]``.
             residual: same shape and dtype, equal on all ranks.
             weight: ``[hidden]``, of the same dtype.
-            eps: added to the mean square.
+            eps: added to the mean square; equal on all ranks, as is the next.
+            weight_bias: added to the weight; 1.0 is Gemma's.
 
         Returns:
             The norm and the new residual, both new tensors: the sum is rounded to the dtype, then the new residual; the norm
             is computed in float32 from the rounded residual and rounded once (float64 stays float64).
-        """
-        import torch
 
-        total = self.all_reduce(tensor)
-        with torch.no_grad():
-            total.add_(residual)
-            wide = total.to(torch.promote_types(total.dtype, torch.float32))
-            norm = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
-            return norm.to(total.dtype), total
+        Raises:
+            UnsupportedOperation: the arguments do not fit each other, or nothing serves this dtype and size.
+            MismatchError: the ranks called with different arguments.
+            PeerError: a rank is missing at the deadline.
+        """
+        if not fits(tensor, residual, weight, eps, weight_bias):
+            found = misfit(tensor, residual, weight, eps, weight_bias)
+            raise UnsupportedOperation(f"{self.who} all_reduce_rms_norm {found}")
+        call = self._table["all_reduce_rms_norm", None, tensor.dtype]
+        try:
+            return call(tensor, residual, weight, eps, weight_bias)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise self._failed(error, tensor) from error.__cause__
 
     def _at_least_one_dimension(self, what: str, tensor: torch.Tensor) -> None:
         if tensor.dim() == 0:

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from commplane.api import Collective, CommBackend, ReduceOp
+from commplane.api import Collective, CommBackend, ReduceOp, add_rms_norm
 from commplane.errors import CommplaneError
 from commplane.select import Plan, Route
 
@@ -47,6 +47,15 @@ def _by_size(routes: list[Route], calls: list[Call], refuse: Callable[[int | Non
     return call_by_size
 
 
+def _compose_norm(all_reduce: Call) -> Call:
+    """`all_reduce_rms_norm` from an out-of-place all-reduce of some backend, and torch for the rest."""
+
+    def all_reduce_rms_norm(tensor: Any, residual: Any, weight: Any, eps: float, weight_bias: float) -> Any:
+        return add_rms_norm(all_reduce(tensor), residual, weight, eps, weight_bias)
+
+    return all_reduce_rms_norm
+
+
 class DispatchTable(dict[Key, Call]):
     """(call, op, torch dtype) -> callable, filled from the plan when a key is first met."""
 
@@ -68,11 +77,28 @@ class DispatchTable(dict[Key, Call]):
             raise refuse()
         reduction = None if op is None else ReduceOp(op)
         routes = self._plan.find(collective, reduction, dtype_name)
-        if not routes:
+        served = [(r, self._bind(r, dtype, in_place=name == IN_PLACE)) for r in routes]
+        if collective is Collective.ALL_REDUCE_RMS_NORM:
+            composed = self._plan.composed(dtype_name)
+            served.extend((r, _compose_norm(self._bind(r, dtype, in_place=False))) for r in composed)
+            served.sort(key=lambda pair: pair[0].low)
+        if not served:
             raise refuse()
-        calls = [self._backends[r.backend].bind(collective, reduction, dtype, in_place=name == IN_PLACE) for r in routes]
-        self[key] = call = _by_size(routes, calls, refuse)
+        self[key] = call = _by_size([r for r, _ in served], [c for _, c in served], refuse)
         return call
+
+    def _bind(self, route: Route, dtype: Any, *, in_place: bool) -> Call:
+        return self._backends[route.backend].bind(route.collective, route.op, dtype, in_place=in_place)
+
+
+def _beside_the_tensor(name: str, args: tuple[Any, ...]) -> str:
+    """What has to be equal on all ranks beside the size of the tensor."""
+    if name == Collective.BROADCAST:
+        return f" src={args[1]}"
+    if name == Collective.ALL_REDUCE_RMS_NORM:
+        _, _, weight, eps, weight_bias = args
+        return f" hidden={weight.shape[0]} eps={float(eps)} weight_bias={float(weight_bias)}"
+    return ""
 
 
 class RecordingTable(dict[Key, Call]):
@@ -90,8 +116,7 @@ class RecordingTable(dict[Key, Call]):
 
         def record(*args: Any) -> Any:
             size = f" {args[0].nbytes} bytes" if args else ""
-            src = f" src={args[1]}" if len(args) > 1 else ""
-            self.records.append(f"{label}{size}{src})")
+            self.records.append(f"{label}{size}{_beside_the_tensor(name, args)})")
             return call(*args)
 
         self[key] = record

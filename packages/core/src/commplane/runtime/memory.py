@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from commplane.api import Capability, Collective, CommBackend, Requirement, Workspace
@@ -54,12 +55,19 @@ class GroupMemory:
         if need.max_bytes < 0:
             raise UnsupportedOperation(f"{self._who} prepare wants max_bytes of 0 or more, found {max_bytes}")
 
+        needs = [need]
+        if need.collective is Collective.ALL_REDUCE_RMS_NORM:
+            composed = [r for r in self._plan.composed(need.dtype) if r.low <= need.max_bytes]
+            if composed:  # of an all-reduce, which then needs what an all-reduce needs
+                largest = need.max_bytes if composed[-1].high is None else min(need.max_bytes, composed[-1].high - 1)
+                needs.append(replace(need, collective=Collective.ALL_REDUCE, max_bytes=largest))
+
         def undo(built: Iterable[Workspace]) -> None:
             for workspace in built:
                 workspace.close()
 
         value = {"collective": str(need.collective), "dtype": need.dtype, "max_bytes": need.max_bytes}
-        built = self._joint.run("prepare", value, lambda: build([need]), undo, poison)
+        built = self._joint.run("prepare", value, lambda: build(needs), undo, poison)
         for workspace in built:
             workspace.commit()
         self._workspaces.extend(built)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from commplane.api import BackendSpec, Collective, GroupKey, Numerics, ReduceOp
@@ -93,9 +93,27 @@ class Plan:
 
     def find(self, collective: Collective, op: ReduceOp | None, dtype: str) -> list[Route]:
         """The routes of one (collective, op, dtype), by size."""
+        if collective is Collective.ALL_REDUCE_RMS_NORM and not _has_norm(dtype):
+            return []
         wanted = (collective, op)
         exact = [r for r in self.routes if (r.collective, r.op) == wanted and r.dtype == dtype]
         return exact or [r for r in self.routes if (r.collective, r.op) == wanted and r.dtype == ANY_DTYPE]
+
+    def composed(self, dtype: str) -> list[Route]:
+        """The sizes of `all_reduce_rms_norm` that no backend has whole and some backend can all-reduce.
+
+        Each as the route of that all-reduce; torch does the rest there.
+        """
+        if not _has_norm(dtype):
+            return []
+        free: list[tuple[int, int | None]] = [(0, None)]
+        for r in self.find(Collective.ALL_REDUCE_RMS_NORM, None, dtype):
+            free = _take(free, r.low, r.high)[1]
+        routes: list[Route] = []
+        for r in self.find(Collective.ALL_REDUCE, ReduceOp.SUM, dtype):
+            taken, free = _take(free, r.low, r.high)
+            routes.extend(replace(r, low=low, high=high) for low, high in taken)
+        return sorted(routes, key=lambda r: r.low)
 
     def explain(self, collective: str = "all_reduce", *, nbytes: int = 0, dtype: Any = "float32", op: str = "sum") -> Explanation:
         """What runs for a message of `nbytes`, and why each other backend does not. Local, equal on every rank."""
@@ -106,18 +124,25 @@ class Plan:
         kind = Collective(collective)
         name = str(dtype).removeprefix("torch.")
         reduction = ReduceOp(op) if kind.reduces else None
-        routes = self.find(kind, reduction, name)
-        chosen = next((r.backend for r in routes if r.low <= nbytes and (r.high is None or nbytes < r.high)), None)
+        chosen = _serving(self.find(kind, reduction, name), nbytes)
+        composed = None
+        if chosen is None and kind is Collective.ALL_REDUCE_RMS_NORM:
+            composed = _serving(self.composed(name), nbytes)
         specs = {s.name: s for s in self.specs}
         others = []
         for c in self.candidates:
             if c.name == chosen:
                 continue
-            reason = f"{c.state}: {c.reason}" if not c.ready else self._why_not(specs[c.name], kind, reduction, name, nbytes)
-            others.append((c.name, reason or f"{chosen} comes before it"))
+            if not c.ready:
+                reason = f"{c.state}: {c.reason}"
+            elif chosen or composed:
+                reason = self._why_not(specs[c.name], kind, reduction, name, nbytes) or f"{chosen} comes before it"
+            else:
+                reason = self._why_not_at_all(specs[c.name], kind, reduction, name, nbytes)
+            others.append((c.name, reason))
         parts = [str(reduction)] if reduction else []
         what = f"{kind}({', '.join([*parts, name, f'{nbytes} bytes'])}) in {self.key}"
-        return Explanation(what, chosen, tuple(others))
+        return Explanation(what, chosen or (composed and _composed_of(composed)), tuple(others))
 
     def unsupported(
         self, who: str, collective: Collective, op: str | None, dtype: str, nbytes: int | None = None
@@ -127,7 +152,7 @@ class Plan:
         reduction = ReduceOp(op) if op in ReduceOp._value2member_map_ else None
         if op is not None and reduction is None:
             return UnsupportedOperation(f"{who} {collective}: wanted op {', '.join(map(str, ReduceOp))}, found {op!r}")
-        reasons = [f"{n}: {self._why_not(specs[n], collective, reduction, dtype, nbytes or 0)}" for n in self.backends]
+        reasons = [f"{n}: {self._why_not_at_all(specs[n], collective, reduction, dtype, nbytes or 0)}" for n in self.backends]
         size = "" if nbytes is None else f"{nbytes} bytes of "
         return UnsupportedOperation(
             f"{who} {collective} of {size}{dtype}{'' if reduction is None else f' with op {reduction}'} is served by no backend "
@@ -142,19 +167,25 @@ class Plan:
                 ops, dtypes = served.setdefault((r.backend, r.low, r.high), (set(), set()))
                 ops.add(str(r.op))
                 dtypes.add(r.dtype)
+        if collective is Collective.ALL_REDUCE_RMS_NORM:
+            for dtype in sorted({r.dtype for r in self.routes}):
+                for r in self.composed(dtype):
+                    served.setdefault((_composed_of(r.backend), r.low, r.high), (set(), set()))[1].add(dtype)
         lines = []
         for (backend, low, high), (ops, dtypes) in sorted(served.items(), key=lambda item: item[0][1]):
             size = "" if (low, high) == (0, None) else f", {low} <= bytes < {high or 'inf'}"
             some = f" {', '.join(sorted(ops))}" if collective.reduces and len(ops) < len(ReduceOp) else ""
             what = "" if collective is Collective.BARRIER else f" {', '.join(sorted(dtypes))}"
-            lines.append(f"{collective!s:<15}{backend:<11}{some}{what}{size}".rstrip())
+            lines.append(f"{collective!s:<20}{backend:<11}{some}{what}{size}".rstrip())
         return lines
 
     def _why_not(self, spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int) -> str:
         """The declared limit of `spec` that a call is outside of, or an empty string."""
+        if collective is Collective.ALL_REDUCE_RMS_NORM and not _has_norm(dtype):
+            return f"{collective} wants a floating-point dtype, found {dtype}"
         if collective not in spec.collectives():
             return f"does not declare {collective}"
-        if op is not None and not _in_class(spec, self.numerics):
+        if collective.combines and not _in_class(spec, self.numerics):
             return "does not add in rank order, which the setting numerics=rank_order demands"
         if op is ReduceOp.AVG and not _has_mean(dtype):
             return f"op avg wants a floating-point dtype, found {dtype}: use sum and divide"
@@ -167,6 +198,13 @@ class Plan:
         if spec.max_bytes is not None and nbytes > spec.max_bytes:
             return f"is for messages up to {spec.max_bytes} bytes"
         return ""
+
+    def _why_not_at_all(self, spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int) -> str:
+        """`_why_not`, and why the collective cannot be composed of what `spec` has either."""
+        reason = self._why_not(spec, collective, op, dtype, nbytes)
+        if collective is Collective.ALL_REDUCE_RMS_NORM and _has_norm(dtype):
+            reason += f", nor can it be composed: {self._why_not(spec, Collective.ALL_REDUCE, ReduceOp.SUM, dtype, nbytes)}"
+        return reason
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that is equal on every rank."""
@@ -195,6 +233,19 @@ def _has_mean(dtype: str) -> bool:
     return not dtype.startswith(("int", "uint", "bool"))
 
 
+def _has_norm(dtype: str) -> bool:
+    """A norm of integers is none; that of complex numbers is not what this one is."""
+    return dtype == ANY_DTYPE or dtype.startswith(("float", "bfloat"))
+
+
+def _serving(routes: Sequence[Route], nbytes: int) -> str | None:
+    return next((r.backend for r in routes if r.low <= nbytes and (r.high is None or nbytes < r.high)), None)
+
+
+def _composed_of(backend: str) -> str:
+    return f"composed of all_reduce by {backend} and torch"
+
+
 def _in_class(spec: BackendSpec, numerics: str) -> bool:
     return numerics == "any" or spec.numerics is Numerics.RANK_ORDER
 
@@ -214,11 +265,15 @@ def compile_routes(specs: Sequence[BackendSpec], numerics: str = "any") -> tuple
             for dtype in dtypes:
                 free: list[tuple[int, int | None]] = [(0, None)]
                 for spec in serving:
-                    if op is not None and (op not in spec.ops or not _in_class(spec, numerics)):
+                    if op is not None and op not in spec.ops:
+                        continue
+                    if collective.combines and not _in_class(spec, numerics):
                         continue
                     if collective is not Collective.BARRIER and spec.dtypes and dtype not in spec.dtypes:
                         continue
                     if op is ReduceOp.AVG and not _has_mean(dtype):
+                        continue
+                    if collective is Collective.ALL_REDUCE_RMS_NORM and not _has_norm(dtype):
                         continue
                     low, high = spec.min_bytes, None if spec.max_bytes is None else spec.max_bytes + 1
                     if collective is Collective.BARRIER:  # has no size
