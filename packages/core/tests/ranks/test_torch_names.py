@@ -16,7 +16,18 @@ def test_every_dtype_alias_stands_for_a_dtype_of_torch(alias: str, name: str) ->
     assert alias != name
 
 
-@pytest.mark.parametrize("module", ["commplane.agree.canary", "commplane.backends.torch_dist"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "commplane.agree.canary",
+        "commplane.backends.torch_dist",
+        "commplane.ops",
+        "commplane.ops.fake",
+        "commplane.ops.gradients",
+        "commplane.ops.kernels",
+        "commplane.ops.library",
+    ],
+)
 def test_modules_that_need_torch_export_what_they_say(module: str) -> None:
     loaded = importlib.import_module(module)
     assert [name for name in loaded.__all__ if not hasattr(loaded, name)] == []

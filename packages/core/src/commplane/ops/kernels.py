@@ -1,0 +1,55 @@
+"""What the operators do on CPU and CUDA: call the communicator that the handle names.
+
+Collective over its group, each of them. An operator's result is a new contiguous tensor, whatever the strides of its input and
+whichever backend runs: compiled code relies on that, a communicator's method does not promise it (S7).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from commplane.handles import LIVE
+
+__all__ = ["all_gather", "all_reduce", "all_reduce_", "all_reduce_rms_norm", "broadcast", "broadcast_", "reduce_scatter"]
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def all_reduce(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
+    """Reduce over the ranks."""
+    return _contiguous(LIVE[group]().all_reduce(x, op))
+
+
+def all_reduce_(x: torch.Tensor, op: str, group: str) -> None:
+    """Reduce over the ranks, in place."""
+    LIVE[group]().all_reduce_(x, op)
+
+
+def all_gather(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The ranks' tensors, concatenated along dimension 0."""
+    return _contiguous(LIVE[group]().all_gather(x))
+
+
+def reduce_scatter(x: torch.Tensor, op: str, group: str) -> torch.Tensor:
+    """This rank's part of the reduced tensor, cut along dimension 0."""
+    return _contiguous(LIVE[group]().reduce_scatter(x, op))
+
+
+def broadcast(x: torch.Tensor, src: int, group: str) -> torch.Tensor:
+    """The tensor of group rank `src`; `x` is left as it was."""
+    return LIVE[group]().broadcast(x.detach().clone(memory_format=torch.contiguous_format), src)  # type: ignore[no-any-return]
+
+
+def broadcast_(x: torch.Tensor, src: int, group: str) -> None:
+    """Fill `x` from group rank `src`."""
+    LIVE[group]().broadcast(x, src)
+
+
+def all_reduce_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float, group: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm and the new residual."""
+    norm, total = LIVE[group]().all_reduce_rms_norm(x, residual, weight, eps, weight_bias)
+    return _contiguous(norm), _contiguous(total)
