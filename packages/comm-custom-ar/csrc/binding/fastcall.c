@@ -3,22 +3,9 @@
  * The collectives for CPython 3.10 and later (stable ABI): METH_FASTCALL, GIL released around the call. It is told the
  * addresses of the library's functions, so it links to nothing and can never bring in a second copy of it.
  */
-#define Py_LIMITED_API 0x030a0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
+#include "library.h"
 
-#define EINTERRUPTED (-18) /* COMMPLANE_CAR_EINTERRUPTED */
-
-static struct {
-    int (*all_reduce)(void*, const void*, void*, uint64_t, int, int);
-    int (*barrier)(void*);
-    int (*all_gather)(void*, const void*, void*, uint64_t, int);
-    int (*reduce_scatter)(void*, const void*, void*, uint64_t, int, int);
-    int (*broadcast)(void*, void*, uint64_t, int, uint32_t);
-    int (*all_reduce_rms_norm)(void*, const void*, const void*, const void*, void*, void*, uint64_t, uint64_t, int, float, float);
-    void (*set_interrupt_check)(int (*)(void));
-} library;
+struct car_library car_library;
 
 /* Called by a thread that waits inside the library, without the GIL. Python's own handlers run in it, so that Ctrl-C is seen
  * while peers are awaited; not 0: one of them raised, and the exception is this thread's. */
@@ -38,26 +25,26 @@ static PyObject* bind(PyObject* module, PyObject* const* args, Py_ssize_t n) {
     }
     for (int i = 0; i < 7; ++i) address[i] = PyLong_AsVoidPtr(args[i]);
     if (PyErr_Occurred()) return NULL;
-    library.all_reduce = (int (*)(void*, const void*, void*, uint64_t, int, int))(uintptr_t)address[0];
-    library.barrier = (int (*)(void*))(uintptr_t)address[1];
-    library.all_gather = (int (*)(void*, const void*, void*, uint64_t, int))(uintptr_t)address[2];
-    library.reduce_scatter = (int (*)(void*, const void*, void*, uint64_t, int, int))(uintptr_t)address[3];
-    library.broadcast = (int (*)(void*, void*, uint64_t, int, uint32_t))(uintptr_t)address[4];
-    library.all_reduce_rms_norm = (int (*)(void*, const void*, const void*, const void*, void*, void*, uint64_t, uint64_t, int,
+    car_library.all_reduce = (int (*)(void*, const void*, void*, uint64_t, int, int))(uintptr_t)address[0];
+    car_library.barrier = (int (*)(void*))(uintptr_t)address[1];
+    car_library.all_gather = (int (*)(void*, const void*, void*, uint64_t, int))(uintptr_t)address[2];
+    car_library.reduce_scatter = (int (*)(void*, const void*, void*, uint64_t, int, int))(uintptr_t)address[3];
+    car_library.broadcast = (int (*)(void*, void*, uint64_t, int, uint32_t))(uintptr_t)address[4];
+    car_library.all_reduce_rms_norm = (int (*)(void*, const void*, const void*, const void*, void*, void*, uint64_t, uint64_t, int,
                                            float, float))(uintptr_t)address[5];
-    library.set_interrupt_check = (void (*)(int (*)(void)))(uintptr_t)address[6];
-    library.set_interrupt_check(check_signals);
+    car_library.set_interrupt_check = (void (*)(int (*)(void)))(uintptr_t)address[6];
+    car_library.set_interrupt_check(check_signals);
     Py_RETURN_NONE;
 }
 
 static int wrong_call(Py_ssize_t found, Py_ssize_t wanted, const char* signature) {
-    if (found == wanted && library.barrier != NULL) return 0;
+    if (found == wanted && car_library.barrier != NULL) return 0;
     PyErr_Format(PyExc_TypeError, "%s takes %zd numbers, after bind()", signature, wanted);
     return 1;
 }
 
 static PyObject* answer(int status) {
-    if (status == EINTERRUPTED && PyErr_Occurred()) return NULL;
+    if (status == CAR_EINTERRUPTED && PyErr_Occurred()) return NULL;
     return PyLong_FromLong(status);
 }
 
@@ -80,14 +67,14 @@ static PyObject* all_reduce(PyObject* module, PyObject* const* args, Py_ssize_t 
     const unsigned long long count = PyLong_AsUnsignedLongLong(args[3]);
     const long dtype = PyLong_AsLong(args[4]);
     const long op = PyLong_AsLong(args[5]);
-    CALL(library.all_reduce(handle, in, out, count, (int)dtype, (int)op));
+    CALL(car_library.all_reduce(handle, in, out, count, (int)dtype, (int)op));
 }
 
 static PyObject* barrier(PyObject* module, PyObject* const* args, Py_ssize_t n) {
     (void)module;
     if (wrong_call(n, 1, "barrier(handle)")) return NULL;
     void* handle = PyLong_AsVoidPtr(args[0]);
-    CALL(library.barrier(handle));
+    CALL(car_library.barrier(handle));
 }
 
 static PyObject* all_gather(PyObject* module, PyObject* const* args, Py_ssize_t n) {
@@ -98,7 +85,7 @@ static PyObject* all_gather(PyObject* module, PyObject* const* args, Py_ssize_t 
     void* out = PyLong_AsVoidPtr(args[2]);
     const unsigned long long count = PyLong_AsUnsignedLongLong(args[3]);
     const long dtype = PyLong_AsLong(args[4]);
-    CALL(library.all_gather(handle, in, out, count, (int)dtype));
+    CALL(car_library.all_gather(handle, in, out, count, (int)dtype));
 }
 
 static PyObject* reduce_scatter(PyObject* module, PyObject* const* args, Py_ssize_t n) {
@@ -110,7 +97,7 @@ static PyObject* reduce_scatter(PyObject* module, PyObject* const* args, Py_ssiz
     const unsigned long long count = PyLong_AsUnsignedLongLong(args[3]);
     const long dtype = PyLong_AsLong(args[4]);
     const long op = PyLong_AsLong(args[5]);
-    CALL(library.reduce_scatter(handle, in, out, count, (int)dtype, (int)op));
+    CALL(car_library.reduce_scatter(handle, in, out, count, (int)dtype, (int)op));
 }
 
 static PyObject* broadcast(PyObject* module, PyObject* const* args, Py_ssize_t n) {
@@ -121,7 +108,7 @@ static PyObject* broadcast(PyObject* module, PyObject* const* args, Py_ssize_t n
     const unsigned long long count = PyLong_AsUnsignedLongLong(args[2]);
     const long dtype = PyLong_AsLong(args[3]);
     const unsigned long root = PyLong_AsUnsignedLong(args[4]);
-    CALL(library.broadcast(handle, buffer, count, (int)dtype, (uint32_t)root));
+    CALL(car_library.broadcast(handle, buffer, count, (int)dtype, (uint32_t)root));
 }
 
 static PyObject* all_reduce_rms_norm(PyObject* module, PyObject* const* args, Py_ssize_t n) {
@@ -137,7 +124,7 @@ static PyObject* all_reduce_rms_norm(PyObject* module, PyObject* const* args, Py
     const long dtype = PyLong_AsLong(args[8]);
     const double eps = PyFloat_AsDouble(args[9]);
     const double weight_bias = PyFloat_AsDouble(args[10]);
-    CALL(library.all_reduce_rms_norm(pointer[0], pointer[1], pointer[2], pointer[3], pointer[4], pointer[5], rows, hidden,
+    CALL(car_library.all_reduce_rms_norm(pointer[0], pointer[1], pointer[2], pointer[3], pointer[4], pointer[5], rows, hidden,
                                      (int)dtype, (float)eps, (float)weight_bias));
 }
 
@@ -153,6 +140,8 @@ static PyMethodDef methods[] = {
     METHOD(broadcast, "broadcast(handle, ptr, count, dtype, root) -> status"),
     METHOD(all_reduce_rms_norm, "all_reduce_rms_norm(handle, in_ptr, residual_ptr, weight_ptr, norm_out_ptr, residual_out_ptr, "
                                 "rows, hidden, dtype, eps, weight_bias) -> status"),
+    {"tensor_all_reduce", (PyCFunction)(void (*)(void))car_tensor_all_reduce, METH_FASTCALL,
+     "tensor_all_reduce(torch, handle, dtype, op, in_place, fallback, fail) -> function of one tensor, or None"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import commplane_custom_ar
 from commplane_custom_ar._abi import bind_prototypes
@@ -48,6 +48,8 @@ class Native:
     reduce_scatter: Hot  # (handle, in_ptr, out_ptr, count, dtype, op)
     broadcast: Hot  # (handle, ptr, count, dtype, root)
     all_reduce_rms_norm: Hot  # (handle, in, residual, weight, norm_out, residual_out, rows, hidden, dtype, eps, weight_bias)
+    tensor_all_reduce: Callable[..., Any] | None = None
+    """(torch, handle, dtype, op, in_place, fallback, fail) -> an all-reduce of one tensor in one C call, or None (abi3 only)."""
 
 
 def _find(file_name: str) -> Path | None:
@@ -124,9 +126,10 @@ def load(binding: str | None = None, library: str | os.PathLike[str] | None = No
         if module is not None:
             names = [*HOT, "set_interrupt_check"]
             module.bind(*(ctypes.cast(getattr(loaded, f"commplane_car_{f}"), ctypes.c_void_p).value for f in names))
-            return Native(loaded, path, abi, "abi3", *(getattr(module, f) for f in HOT))
+            hot = {name: getattr(module, name) for name in HOT}
+            return Native(loaded, path, abi, "abi3", **hot, tensor_all_reduce=module.tensor_all_reduce)
         if wanted == "abi3":
             raise NativeLibraryError(
                 f"native binding abi3: no usable {FASTCALL_NAME} beside {path}; use ctypes or rebuild the wheel"
             )
-    return Native(loaded, path, abi, "ctypes", *(getattr(loaded, f"commplane_car_{f}") for f in HOT))
+    return Native(loaded, path, abi, "ctypes", **{name: getattr(loaded, f"commplane_car_{name}") for name in HOT})

@@ -58,7 +58,7 @@ class Target:
                 raise fail(status)
             return tensor
 
-        return all_reduce_
+        return self._in_one_call(all_reduce_, dtype, op, in_place=True)
 
     def all_reduce(self, dtype: int, op: int) -> Callable[[Tensor], Tensor]:
         """Into a new tensor."""
@@ -74,7 +74,14 @@ class Target:
                 raise fail(status)
             return out
 
-        return all_reduce
+        return self._in_one_call(all_reduce, dtype, op, in_place=False)
+
+    def _in_one_call(
+        self, call: Callable[[Tensor], Tensor], dtype: int, op: int, *, in_place: bool
+    ) -> Callable[[Tensor], Tensor]:
+        """`call` as one C function, where torch has DLPack's (2.10 and later); what that leaves aside goes to `call`."""
+        make = self.native.tensor_all_reduce
+        return (make and make(torch, self.handle, dtype, op, in_place, call, self.fail)) or call
 
     def all_gather(self, dtype: int) -> Callable[[Tensor], Tensor]:
         """Concatenated along dimension 0."""
