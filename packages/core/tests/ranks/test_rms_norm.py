@@ -139,11 +139,12 @@ def test_no_rows_no_hidden_other_layouts_and_leaves_that_require_grad(plugins: C
         shape = (6, HIDDEN)
         x, (residual, weight) = parts(tp.rank, shape, torch.float32), given(shape, torch.float32)
         wanted = expected(2, shape, torch.float32, 1e-6, 0.0)
-        strided = [t.t().contiguous().t() for t in (x, residual)]
+        strided = (x.t().contiguous().t(), residual.t().contiguous().t())
         assert not strided[0].is_contiguous()
         spaced = weight.repeat_interleave(2)[::2]
         assert same(tp.all_reduce_rms_norm(*strided, spaced), wanted)
-        got = tp.all_reduce_rms_norm(*(t.clone().requires_grad_() for t in (x, residual, weight)))
+        leaves = (x.clone().requires_grad_(), residual.clone().requires_grad_(), weight.clone().requires_grad_())
+        got = tp.all_reduce_rms_norm(*leaves)
         assert same(got, wanted) and not any(t.requires_grad for t in got)
         row = residual[:1].expand(6, HIDDEN)
         x = parts(tp.rank, (1, HIDDEN), torch.float32).expand(6, HIDDEN)
@@ -153,11 +154,11 @@ def test_no_rows_no_hidden_other_layouts_and_leaves_that_require_grad(plugins: C
     run(rank_main, plugins=plugins)
 
 
-X, W = torch.zeros(2, 4), torch.zeros(4)
+X, W, C = torch.zeros(2, 4), torch.zeros(4), torch.zeros(2, 4, dtype=torch.complex64)
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tensor": torch.tensor(1.0)}, r"wants a tensor of \[..., hidden\], found a scalar"),
     ({"tensor": X.int(), "residual": X.int(), "weight": W.int()}, "wants a floating-point dtype, found torch.int32"),
-    ({"tensor": X.cfloat(), "residual": X.cfloat(), "weight": W.cfloat()}, "wants a floating-point dtype, found torch.complex64"),
+    ({"tensor": C, "residual": C, "weight": C[0]}, "wants a floating-point dtype, found torch.complex64"),
     ({"residual": torch.zeros(4, 2)}, r"wants a residual of shape \[2, 4\] with a tensor of \[2, 4\], found \[4, 2\]"),
     ({"residual": torch.zeros(4)}, r"found \[4\]"),
     ({"weight": torch.zeros(2)}, r"wants a weight of shape \[4\] with a tensor of \[2, 4\], found \[2\]"),
@@ -181,7 +182,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_what_does_not_fit_is_refused_on_one_rank_before_anything_is_sent(changes: dict[str, Any], words: str) -> None:
     def rank_main(plane: Plane) -> float:
         tp = plane.communicator("tp")
-        arguments = {"tensor": X, "residual": X, "weight": W, "eps": 1e-6, "weight_bias": 0.0}
+        arguments: dict[str, Any] = {"tensor": X, "residual": X, "weight": W, "eps": 1e-6, "weight_bias": 0.0}
         if tp.rank == 1:  # alone: had it sent anything, the next call would meet it
             with pytest.raises(errors.UnsupportedOperation, match=rf"^\[tp rank 1/2.*\] .*{words}"):
                 tp.all_reduce_rms_norm(**(arguments | changes))
