@@ -59,6 +59,22 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _count(value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        raise ValueError("a whole number from 0 to 1000000") from None
+    if isinstance(value, (bool, float)) or not 0 <= number <= 1_000_000:
+        raise ValueError("a whole number from 0 to 1000000")
+    return number
+
+
+def _optional_text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise ValueError("text")
+    return None if value is None else os.fspath(value) or None
+
+
 def _optional_seconds(value: Any) -> float | None:
     return None if value is None else _seconds(value)
 
@@ -109,6 +125,12 @@ class Config:
 
     trace_hooks: bool = _setting(False, _flag, per_rank=True)
     """Print each hook call with its arguments and results to standard error."""
+
+    flight_records: int = _setting(512, _count, per_rank=True)
+    """Calls that the flight recorder holds for each backend of a communicator. 0 switches it off."""
+
+    flight_dir: str | None = _setting(None, _optional_text, per_rank=True)
+    """Folder for flight records. If unset, ``commplane-flight-<uid>`` in the folder for temporary files."""
 
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)

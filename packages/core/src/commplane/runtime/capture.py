@@ -1,14 +1,51 @@
-"""The vote after a capture: every rank captured the same operations, and no rank failed inside."""
+"""A capture over several communicators, and the vote after it: same operations on every rank, and no rank failed inside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from commplane.agree import StoreBootstrap, joint_verdict, setback
+from commplane.agree import CaptureGuard, StoreBootstrap, joint_verdict, setback
 from commplane.api import CommBackend
 from commplane.errors import CaptureError, CommplaneError
 
-__all__ = ["agree_on_capture"]
+if TYPE_CHECKING:
+    from commplane.runtime.communicator import Communicator
+
+__all__ = ["agree_on_capture", "capture_all"]
+
+
+@contextmanager
+def capture_all(guard: CaptureGuard, communicators: Sequence[Communicator]) -> Iterator[None]:
+    """`Plane.capture` over the communicators that are there when it is entered."""
+    communicators = tuple(communicators)
+    if guard.active:
+        raise CaptureError("a capture inside a capture: end the first one before")
+    for c in communicators:
+        c.check_usable("capture")
+    entered: list[Communicator] = []
+    guard.active = True
+    failure: BaseException | None = None
+    try:
+        for c in communicators:
+            entered.append(c)
+            c._capture_begin()
+        yield
+    except BaseException as error:  # every rank must come to the votes, also this one
+        failure = error
+    guard.active = False
+    if failure is not None:
+        # Peers that wait for us inside the capture, in whichever communicator, can stop before the first vote.
+        for c in entered:
+            if c.captures:
+                c.abort()
+    outcomes = [c._capture_end(failure) for c in entered]
+    if failure is not None:
+        raise failure
+    for outcome in outcomes:
+        if outcome is not None:
+            raise outcome
 
 
 def agree_on_capture(

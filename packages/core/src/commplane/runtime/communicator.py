@@ -10,6 +10,8 @@ from commplane.agree import StoreBootstrap, close_backend
 from commplane.agree.build import abort_backend
 from commplane.api import Capability, CommBackend, GroupKey
 from commplane.errors import CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
+from commplane.flight import GroupFlight
+from commplane.handles import register
 from commplane.notice import notice
 from commplane.plugins import PluginHost
 from commplane.runtime.capture import agree_on_capture
@@ -40,6 +42,7 @@ class Communicator:
         world_size: number of ranks.
         ranks: global ranks in group order.
         plan: what runs and why; equal on every rank.
+        handle: its name in this process, for `commplane.ops`.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Communicator:
         attempts: Sequence[StoreBootstrap],
         host: PluginHost,
         startup_timeout: float,
+        flight: GroupFlight,
         on_fault: Callable[[], None],
         on_close: Callable[[Communicator], None],
     ) -> None:
@@ -62,15 +66,17 @@ class Communicator:
         self.world_size = len(key.ranks)
         self.ranks = key.ranks
         self.plan = plan
+        self.handle = register(self, key.purpose, self.world_size)
         self._named = dict(backends)
         self._bootstrap = bootstrap
         self._joint = JointSteps(self.who, bootstrap, attempts, startup_timeout)
         self._memory = GroupMemory(self.who, plan, self._named, device, self._joint)
         self._host = host
         self._startup_timeout = startup_timeout
+        self._flight = flight
         self._on_fault = on_fault
         self._on_close = on_close
-        self._live = DispatchTable(self.who, plan, self._named)
+        self._live = DispatchTable(self.who, plan, flight.bindable())
         self._table: dict[Any, Callable[..., Any]] = self._live
         self._fault: Exception | None = None
         self._closed = False
@@ -295,15 +301,17 @@ class Communicator:
     def poison(self, error: Exception) -> None:
         """Make every later call raise at once, because the ranks are no longer at the same point. Local, idempotent.
 
-        Peers that wait for this rank are told to stop where the backend can.
+        Peers that wait for this rank are told to stop where the backend can. The flight records of the plane are dumped; the
+        file is named in the log, in later errors and, from Python 3.11, in a note of `error`.
         """
         if self._fault is not None or self._closed:
             return
         self._fault = error
         missing = error.missing_ranks if isinstance(error, PeerError) else ()
+        records = ""
 
         def again() -> CommplaneError:
-            text = f"{self.who} is poisoned by an earlier fault and must be closed: {error}"
+            text = f"{self.who} is poisoned by an earlier fault and must be closed: {error}{records}"
             if isinstance(error, PeerError):
                 return PeerError(text, missing)
             return type(error)(text) if isinstance(error, CommplaneError) else CommunicatorError(text)
@@ -311,6 +319,9 @@ class Communicator:
         self._table = DeadTable(again)
         self.abort()
         self._on_fault()
+        file = self._flight.failed(error)
+        if file is not None:
+            records = f"; flight records in {file}"
         self._host.notify("commplane_fault", communicator=self, error=error)
 
     def close(self) -> None:
@@ -335,6 +346,7 @@ class Communicator:
             self.abort()
         self._closed = True
         self._table = DeadTable(lambda: CommunicatorError(f"{self.who} is closed: create it again to go on"))
+        self._flight.close()
         self._memory.close()
         for name, backend in self._named.items():
             close_backend(name, backend)
@@ -351,7 +363,10 @@ class Communicator:
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is not None and self._fault is None and not self._closed:
+            self.abort()  # before anything that takes time: peers may be waiting for this rank
+            self._flight.failed(error)
         self._close(wait=kind is None)
 
     def __del__(self) -> None:

@@ -6,8 +6,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from commplane.api import Collective, CommBackend, ReduceOp, add_rms_norm
+from commplane.api import Collective, ReduceOp, add_rms_norm
 from commplane.errors import CommplaneError
+from commplane.flight import Bindable
 from commplane.select import Plan, Route
 
 __all__ = ["Call", "DeadTable", "DispatchTable", "RecordingTable"]
@@ -59,7 +60,7 @@ def _compose_norm(all_reduce: Call) -> Call:
 class DispatchTable(dict[Key, Call]):
     """(call, op, torch dtype) -> callable, filled from the plan when a key is first met."""
 
-    def __init__(self, who: str, plan: Plan, backends: Mapping[str, CommBackend]) -> None:
+    def __init__(self, who: str, plan: Plan, backends: Mapping[str, Bindable]) -> None:
         super().__init__()
         self._who = who
         self._plan = plan

@@ -7,8 +7,9 @@ import os
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from commplane.agree import (
@@ -21,22 +22,24 @@ from commplane.agree import (
     exchange_facts,
     setback,
 )
-from commplane.api import BackendSpec, GroupKey, SyncSpec
+from commplane.api import BackendSpec, GroupKey, RankFacts, SyncSpec
 from commplane.config import Config
 from commplane.errors import (
     AgreementError,
-    CaptureError,
     CommplaneError,
     CommunicatorError,
     ConfigError,
     MismatchError,
 )
+from commplane.flight import FlightRecorder, Folder, new_job, signals
 from commplane.notice import notice
-from commplane.plugins import PluginHost
+from commplane.plugins import PluginHost, core_version
+from commplane.runtime.capture import capture_all
 from commplane.runtime.communicator import Communicator
 from commplane.runtime.formation import Formation
 from commplane.runtime.rendezvous import World, find_world
 from commplane.runtime.sync import SyncRound
+from commplane.runtime.traced import teach
 from commplane.select import LAST_RESORT, difference
 
 __all__ = ["Plane", "init"]
@@ -131,11 +134,22 @@ class Plane:
             self._world.fail(setback(error).text)
             raise
         try:
-            self._compare()
+            job = self._compare()
         except PeerFailed as failed:
             raise AgreementError(f"{failed}; this rank has no such problem: make the installations equal") from failed
         self.facts = exchange_facts(self._world, self.config.host_alias)
         self._activity.say("is up")
+        self._flight = FlightRecorder(
+            job,
+            self.rank,
+            self.world_size,
+            self.config.flight_records,
+            Folder(self.config.flight_dir),
+            _versions(self.plugins, self.facts[self.rank]),
+            lambda: self.facts.dead(self.facts),
+        )
+        if self.config.flight_records:
+            signals.attach(self._flight)
         _planes.add(self)
 
     def _other_generation(self, missing: Sequence[int]) -> str | None:
@@ -153,11 +167,16 @@ class Plane:
         facts = getattr(self, "facts", None)
         return () if facts is None else facts.dead(ranks)
 
-    def _compare(self) -> None:
-        """Plugin versions and settings must be equal: a rank with another set would decide otherwise. Collective."""
+    def _compare(self) -> str:
+        """Plugin versions and settings must be equal: a rank with another set would decide otherwise. Collective.
+
+        Returns:
+            A name for this plane that is equal on all ranks, and that no other plane has.
+        """
         mine = {
             "plugins": {name: f"{dist} {version}" for name, dist, version in self.plugins.fingerprint()},
             "config": {"world_size": self.world_size, **self.config.shared()},
+            "job": new_job() if self.rank == 0 else None,
         }
         everyone = self._world.all_gather(mine, what="comparison of plugins and settings")
         problems = [
@@ -167,6 +186,7 @@ class Plane:
         ]
         if problems:
             raise AgreementError(f"{'; '.join(problems)}: every rank needs the same wheels and the same settings")
+        return str(everyone[0]["job"])
 
     @property
     def communicators(self) -> tuple[Communicator, ...]:
@@ -231,6 +251,7 @@ class Plane:
                 # If it happened on this rank alone, the others are told in the round that they wait in.
                 bootstrap.fail(setback(error).text)
                 raise
+        teach()
         out = Communicator(
             key,
             bootstrap.rank,
@@ -241,6 +262,7 @@ class Plane:
             attempts,
             self.plugins,
             self.config.startup,
+            self._flight.group(key, instance, bootstrap.rank, plan.digest, built),
             on_fault=self._note_fault,
             on_close=self._communicators.remove,
         )
@@ -280,6 +302,23 @@ class Plane:
         self._open("gather")
         return self._world.all_gather(value, what=what, timeout=timeout)
 
+    def dump_flight_records(self, reason: str) -> Path:
+        """Write the last calls of every communicator of this rank to a file, for `commplane trace`: the file. Local.
+
+        The same is done by itself when a communicator is poisoned, when the plane or a communicator is left through an
+        exception, and on SIGUSR1. A rank has one file, which each dump replaces.
+
+        Raises:
+            CommplaneError: the file could not be written.
+        """
+        self._open("dump_flight_records")
+        try:
+            return self._flight.dump(reason)
+        except OSError as error:
+            raise CommplaneError(
+                f"flight records could not be written: {error}; COMMPLANE_FLIGHT_DIR names the folder"
+            ) from error
+
     def _note_fault(self) -> None:
         self._faulted = True
 
@@ -291,8 +330,7 @@ class Plane:
         if self.rank not in members:
             raise ConfigError(f"communicator {name!r} over {list(members)}: rank {self.rank} is not in it and must not create it")
 
-    @contextmanager
-    def capture(self) -> Iterator[None]:
+    def capture(self) -> AbstractContextManager[None]:
         """Capture collectives of every open communicator. Collective over the ranks of each that captures.
 
         Control-plane calls inside raise `CaptureError`. Afterwards each communicator agrees that all ranks captured the same
@@ -300,32 +338,7 @@ class Plane:
         others a `CaptureError` that carries it. Communicators with nothing to capture pass through.
         """
         self._open("capture")
-        if self._guard.active:
-            raise CaptureError("a capture inside a capture: end the first one before")
-        for c in self.communicators:
-            c.check_usable("capture")
-        entered: list[Communicator] = []
-        self._guard.active = True
-        failure: BaseException | None = None
-        try:
-            for c in self.communicators:
-                entered.append(c)
-                c._capture_begin()
-            yield
-        except BaseException as error:  # every rank must come to the votes, also this one
-            failure = error
-        self._guard.active = False
-        if failure is not None:
-            # Peers that wait for us inside the capture, in whichever communicator, can stop before the first vote.
-            for c in entered:
-                if c.captures:
-                    c.abort()
-        outcomes = [c._capture_end(failure) for c in entered]
-        if failure is not None:
-            raise failure
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
+        return capture_all(self._guard, self._communicators)
 
     def _open(self, what: str) -> None:
         if self._closed:
@@ -345,6 +358,7 @@ class Plane:
         for c in self.communicators:
             c._close(wait=wait)
         self._closed = True
+        signals.detach(self._flight)
         try:
             if wait:
                 self._activity.say("closes its plane")
@@ -357,7 +371,12 @@ class Plane:
     def __enter__(self) -> Plane:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is not None and not self._closed and not isinstance(error, (SystemExit, GeneratorExit)):
+            for c in self.communicators:  # before anything that takes time: peers may be waiting for this rank
+                c.abort()
+            if self._communicators:
+                self._flight.dump_once(error, f"the plane is left after {type(error).__name__}: {error}")
         self._close(wait=kind is None and not self._faulted)
 
     def __del__(self) -> None:
@@ -381,6 +400,11 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _options(plugins: PluginHost) -> dict[str, Mapping[str, Any]]:
     return {name: r.spec.options for name, r in plugins.backends().items() if isinstance(r.spec, BackendSpec)}
+
+
+def _versions(plugins: PluginHost, facts: RankFacts) -> dict[str, str]:
+    backends = {f"backend {name}": f"{r.dist or r.plugin} {r.version}" for name, r in plugins.backends().items()}
+    return {"commplane": core_version(), "torch": str(facts.torch), "python": facts.python, **backends}
 
 
 def _device(name: str) -> str:
