@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROW_KEYS = {
-    "backend", "mode", "op", "dtype", "bytes", "ranks", "device", "graph", "median_us", "p99_us", "iterations", "vs_torch",
+    "collective", "op", "backend", "mode", "in_place", "pinned", "dtype", "bytes", "hidden", "ranks", "device", "graph",
+    "median_us", "p99_us", "iterations", "vs_torch", "vs_pair", "detail",
+}  # fmt: skip
+MACHINE_KEYS = {
+    "cpu", "cpu_mhz", "virtual_machine", "vector_flags", "instruction_set", "cores", "cores_of_machine", "caches",
+    "memory_bytes", "kernel", "python", "torch", "omp_num_threads", "wheels", "backends", "ranks", "hosts", "load_before",
+    "date", "command",
 }  # fmt: skip
 
 
@@ -34,20 +41,71 @@ def test_explain_answers_for_one_call(commplane: Any) -> None:
     assert nothing.returncode == 3 and "nothing in the plan serves this" in nothing.stdout
 
 
-def test_bench_writes_rows_with_the_agreed_keys_and_a_picture(commplane: Any, tmp_path: Path) -> None:
+def test_bench_writes_the_machine_and_rows_with_the_agreed_keys_and_a_picture(commplane: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="drawing wants the extra commplane[plot]")
-    arguments = ["--sizes", "64,8K", "--dtypes", "f32", "--rounds", "2", "--json", "b.json", "--plot", "b.png"]
+    arguments = ["--sizes", "64,8K", "--dtypes", "f32", "--rounds", "2", "--pin", "both", "--json", "b.json", "--plot", "b.png"]
     out = commplane("bench", "--ranks", "2", *arguments)
     assert out.returncode == 0, out.stderr
-    assert "[2/2] float32 8192 bytes" in out.stderr  # progress
-    rows = json.loads((tmp_path / "b.json").read_text())
+    assert "[2/2] all_reduce sum float32 8192 bytes" in out.stderr  # progress
+    answer = json.loads((tmp_path / "b.json").read_text())
+    assert answer.keys() == {"machine", "rows"}
+    rows, machine = answer["rows"], answer["machine"]
+    assert machine.keys() == MACHINE_KEYS
+    assert machine["command"] == f"commplane bench --ranks 2 {' '.join(arguments)}" and machine["ranks"] == 2
+    assert machine["wheels"].keys() == {"commplane", "commplane-custom-ar"} and machine["backends"]["custom_ar"]["isa"]
+    assert machine["cpu"] in out.stdout
     assert all(set(row) == ROW_KEYS for row in rows)
-    assert {(r["backend"], r["mode"]) for r in rows} == {
-        ("torch", "staged"), ("custom_ar", "staged"), ("custom_ar", "symmetric"),
-    }  # fmt: skip
-    assert {r["bytes"] for r in rows} == {64, 8192} and all(r["median_us"] > 0 for r in rows)
-    assert all(r["vs_torch"] == 1.0 for r in rows if r["backend"] == "torch")
+    assert sorted((r["backend"], r["mode"], r["pinned"], r["bytes"]) for r in rows) == sorted(
+        (backend, mode, pinned, nbytes)
+        for backend, mode in (("torch", "staged"), ("custom_ar", "staged"), ("custom_ar", "symmetric"))
+        for pinned in (True, False)
+        for nbytes in (64, 8192)
+    )
+    assert all(0 < r["median_us"] <= r["p99_us"] for r in rows)
+    for nbytes in (64, 8192):
+        best = min(r["median_us"] for r in rows if r["backend"] == "torch" and r["bytes"] == nbytes)
+        for r in rows:
+            if r["bytes"] == nbytes:
+                assert r["vs_torch"] == pytest.approx(best / r["median_us"], abs=0.01)
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_measures_every_collective_also_with_more_ranks_than_cores(commplane: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawing wants the extra commplane[plot]")
+    ranks = len(os.sched_getaffinity(0)) + 1
+    collectives = ["all_gather", "reduce_scatter", "broadcast", "all_reduce_rms_norm", "barrier"]
+    arguments = ["--sizes", "256", "--hidden", "32", "--rounds", "1", "--quiet", "--json", "b.json", "--plot", "b.png"]
+    out = commplane("bench", "--ranks", str(ranks), "--collectives", ",".join(collectives), *arguments)
+    assert out.returncode == 0, out.stderr
+    assert out.stderr == ""
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert list(dict.fromkeys(r["collective"] for r in rows)) == collectives
+    assert {r["pinned"] for r in rows} == {False}  # ranks that share a core are measured as they come
+    assert {r["backend"] for r in rows if r["collective"] == "barrier"} == {"torch", "custom_ar"}
+    fused = [r for r in rows if r["collective"] == "all_reduce_rms_norm"]
+    assert {(r["dtype"], r["mode"]) for r in fused if r["backend"] == "torch"} == {("float32", "pair"), ("bfloat16", "pair")}
+    assert {r["hidden"] for r in fused} == {32} and all(r["vs_pair"] for r in fused if r["mode"].startswith("fused"))
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_shows_what_each_layer_of_a_call_costs(commplane: Any, tmp_path: Path) -> None:
+    out = commplane("bench", "--overhead", "--rounds", "2", "--json", "o.json")
+    assert out.returncode == 0, out.stderr
+    assert "round of" in out.stderr
+    answer = json.loads((tmp_path / "o.json").read_text())
+    assert answer["machine"].keys() == MACHINE_KEYS
+    rows = answer["rows"]
+    calls = {"bare", "all_reduce_", "all_reduce", "ops.all_reduce_", "ops.all_reduce"}
+    layers = {(r["backend"], r["flight_records"], r["call"]) for r in rows}
+    for backend in ("torch", "null"):
+        assert {(backend, on, call) for on in (True, False) for call in calls} <= layers
+    # Where a backend has no native call of its own, that one line is missing.
+    assert {("custom_ar", on, call) for on in (True, False) for call in calls - {"bare"}} <= layers
+    assert {r["ranks"] for r in rows if r["backend"] == "null"} == {1}
+    assert {(r["bytes"], r["dtype"], r["op"]) for r in rows} == {(64, "float32", "sum")}
+    assert all((r["over_unrecorded"] is None) is not r["flight_records"] for r in rows)
+    for words in ("native call alone", "comm.all_reduce_(x)", "with flight records", "without flight records", "no transport"):
+        assert words in out.stdout
 
 
 def test_bench_without_a_plot_needs_no_matplotlib(commplane: Any, tmp_path: Path) -> None:
@@ -70,6 +128,8 @@ def test_bench_without_a_plot_needs_no_matplotlib(commplane: Any, tmp_path: Path
         (["bench", "--backends", "nosuch"], {}, "no installed wheel provides backend 'nosuch'"),
         (["bench", "--dtypes", "flot"], {}, "torch has no dtype flot"),
         (["bench", "--json", "no/such/folder.json"], {}, "folder of 'no/such/folder.json' does not exist"),
+        (["bench", "--overhead", "--plot", "b.png"], {}, "found --plot: leave it out"),
+        (["bench", "--overhead", "--dtypes", "flot"], {}, "torch has no dtype flot"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(commplane: Any, arguments: list[str], env: dict[str, str], words: str) -> None:

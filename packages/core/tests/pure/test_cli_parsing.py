@@ -1,19 +1,18 @@
-"""What the commands read from their arguments and print for people and for programs."""
+"""What the commands read from their arguments."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commplane.bench import Row, table
+from commplane.api import Collective
 from commplane.bench.report import human_bytes
 from commplane.cli import bench, doctor, main, plugins
 from commplane.cli.parse import parse_size
+from commplane.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -78,10 +77,37 @@ def test_bench_reads_lists_of_sizes_and_dtypes() -> None:
     assert options.dtypes == ["bfloat16", "float32", "float16", "int8"]
 
 
-def test_bench_without_arguments_measures_the_sizes_that_its_help_names() -> None:
+def test_bench_without_arguments_is_an_in_place_all_reduce_sum() -> None:
     options = parse("bench")
-    assert (options.sizes[0], options.sizes[-1]) == (64, 16 << 20)
-    assert options.dtypes == ["float32", "bfloat16"]
+    assert options.sizes is None and options.dtypes is None  # so that --overhead can have other ones
+    assert options.collectives == [Collective.ALL_REDUCE]
+    assert (options.op, options.pin, options.out_of_place, options.overhead, options.hidden) == ("sum", None, False, False, 4096)
+
+
+def test_bench_reads_collectives_once_each_in_the_order_given() -> None:
+    options = parse("bench", "--collectives", "barrier, all_reduce,barrier", "--op", "max", "--pin", "both")
+    assert options.collectives == [Collective.BARRIER, Collective.ALL_REDUCE]
+    assert (options.op, options.pin) == ("max", "both")
+
+
+def test_bench_knows_every_collective_there_is() -> None:
+    assert parse("bench", "--collectives", ",".join(Collective)).collectives == list(Collective)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--overhead", "--plot", "x.png"], "--overhead measures all_reduce sum as a table, found --plot"),
+        (["--overhead", "--collectives", "barrier", "--op", "max"], "found --collectives, --op: leave it out"),
+        (["--overhead", "--out-of-place"], "found --out-of-place"),
+        (["--collectives", "barrier", "--plot", "x.png"], "a barrier has none"),
+        (["--json", "no/such/folder.json"], "folder of 'no/such/folder.json' does not exist"),
+    ],
+)
+def test_what_bench_cannot_do_is_said_before_any_rank_starts(arguments: list[str], words: str) -> None:
+    options = parse("bench", *arguments)
+    with pytest.raises(ConfigError, match=words):
+        options.call(options)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +117,13 @@ def test_bench_without_arguments_measures_the_sizes_that_its_help_names() -> Non
         ["bench", "--ranks", "0"],
         ["bench", "--ranks", "two"],
         ["bench", "--rounds", "0"],
+        ["bench", "--collectives", "all_to_all"],
+        ["bench", "--collectives", ","],
+        ["bench", "--sizes", ","],
+        ["bench", "--backends", ","],
+        ["bench", "--op", "prod"],
+        ["bench", "--pin", "yes"],
+        ["bench", "--hidden", "0"],
         ["explain", "all_to_all"],
         ["explain", "--op", "prod"],
         ["explain", "--bytes", "many"],
@@ -110,57 +143,3 @@ def test_the_command_without_a_command_is_wrong_usage(capsys: pytest.CaptureFixt
         main([])
     assert caught.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
-
-
-ROW = Row(
-    backend="custom_ar",
-    mode="staged",
-    op="all_reduce",
-    dtype="float32",
-    bytes=65536,
-    ranks=2,
-    device="cpu",
-    graph=False,
-    median_us=12.5,
-    p99_us=20.25,
-    iterations=100,
-    vs_torch=3.24,
-)
-TORCH = replace(ROW, backend="torch", median_us=40.5, vs_torch=1.0)
-
-
-def test_a_row_as_json_has_exactly_these_keys() -> None:
-    assert json.loads(json.dumps(ROW.to_json())) == {
-        "backend": "custom_ar",
-        "mode": "staged",
-        "op": "all_reduce",
-        "dtype": "float32",
-        "bytes": 65536,
-        "ranks": 2,
-        "device": "cpu",
-        "graph": False,
-        "median_us": 12.5,
-        "p99_us": 20.25,
-        "iterations": 100,
-        "vs_torch": 3.24,
-    }
-
-
-def test_the_table_has_a_column_a_backend_and_a_line_a_size() -> None:
-    small = replace(ROW, bytes=64, median_us=1.5, vs_torch=None)
-    title, head, *lines = table([TORCH, ROW, small]).splitlines()
-    assert title == "all_reduce sum, float32, 2 ranks, cpu: median us a call (times torch)"
-    assert head.split() == ["bytes", "torch", "custom_ar", "staged"]
-    assert [line.split() for line in lines] == [["64", "KiB", "40.50", "12.50", "(3.2x)"], ["64", "B", "-", "1.50"]]
-
-
-def test_the_table_keeps_its_columns_in_line() -> None:
-    _title, *lines = table([TORCH, ROW, replace(ROW, mode="symmetric"), replace(TORCH, bytes=64)]).splitlines()
-    assert len({len(line) for line in lines}) == 1
-
-
-def test_each_dtype_has_a_table_of_its_own_with_only_its_own_columns() -> None:
-    one, other = table([TORCH, ROW, replace(TORCH, dtype="int8")]).split("\n\n")
-    assert "float32" in one and "custom_ar" in one
-    assert "int8" in other and "custom_ar" not in other
-    assert table([]) == ""

@@ -99,6 +99,14 @@ class TorchDistributed(CommBackend):
             options.device = torch.device(self._context.device)
         self._wait("barrier", lambda: self._pg.barrier(options))
 
+    def bare(self, tensor: torch.Tensor, op: ReduceOp) -> Callable[[], object] | None:
+        """The process group's all-reduce and its wait; None for avg, which takes more than that here."""
+        if op is ReduceOp.AVG:
+            return None
+        all_reduce, tensors, options = self._pg.allreduce, [tensor], dist.AllreduceOptions()
+        options.reduceOp = _OPS[op]
+        return lambda: all_reduce(tensors, options).wait()
+
     def _check(self, tensor: torch.Tensor, op: ReduceOp | None = None) -> None:
         if tensor.device.type != self._context.key.device:
             raise UnsupportedOperation(

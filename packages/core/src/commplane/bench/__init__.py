@@ -1,8 +1,31 @@
-"""Measure every eligible backend side by side in one run."""
+"""Measure every eligible backend side by side in one run, and what lies between a user's call and a backend."""
 
 from __future__ import annotations
 
-from commplane.bench.measure import Case, Row, measure
-from commplane.bench.report import plot, require_plotting, table
+from commplane.bench.cases import Case, Step, form
+from commplane.bench.machine import describe, in_words
+from commplane.bench.measure import Row, measure, pinnings, steps
+from commplane.bench.null import NAME as NULL
+from commplane.bench.overhead import OverheadRow, Subject, form_null, measure_overhead
+from commplane.bench.report import overhead_table, plot, require_plotting, table
 
-__all__ = ["Case", "Row", "measure", "plot", "require_plotting", "table"]
+__all__ = [
+    "NULL",
+    "Case",
+    "OverheadRow",
+    "Row",
+    "Step",
+    "Subject",
+    "describe",
+    "form",
+    "form_null",
+    "in_words",
+    "measure",
+    "measure_overhead",
+    "overhead_table",
+    "pinnings",
+    "plot",
+    "require_plotting",
+    "steps",
+    "table",
+]

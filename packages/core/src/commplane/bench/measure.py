@@ -1,195 +1,213 @@
-"""Latency of all-reduce, all candidates taking turns.
+"""Latency of collectives, all candidates taking turns.
 
-Absolute times on a shared machine move; ratios within one run hold. So in each round every candidate has its turn, the first
-round is not counted (first touch of memory, cold caches), and what is reported is the median over all counted calls.
+Absolute times on a shared machine move; ratios within one run hold. So in each round every candidate has its turn, pinned and
+not, the first round is not counted (first touch of memory, cold caches), and what is reported is the median over all counted
+calls.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from commplane.errors import CommplaneWarning, ConfigError, UnsupportedOperation
+from commplane.api import Collective
+from commplane.bench.affinity import core_of
+from commplane.bench.cases import Case, Step, make_cases
+from commplane.bench.timing import Runner, agree_on_calls, p99, take_turn
+from commplane.errors import ConfigError, UnsupportedOperation
 
 if TYPE_CHECKING:
-    import torch
-
     from commplane.runtime import Communicator, Plane
 
-__all__ = ["Case", "Row", "measure"]
-
-# Seconds of calls a candidate gets in one round, and bounds on the number of calls.
-_TURN_S = 0.02
-_MIN_CALLS, _MAX_CALLS = 3, 1000
+__all__ = ["Row", "measure", "pinnings", "steps"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result. Times are of the slowest rank, in microseconds a call.
+    """One line of the result. Times are of the slowest rank, in microseconds a collective.
 
-    `vs_torch` is the torch backend's median divided by this one's, both of this run.
+    Attributes:
+        collective: its name.
+        op: the reduction, or None where there is none.
+        backend: its name.
+        mode: ``staged`` for an ordinary tensor, ``symmetric`` for one from `Communicator.empty`; of all_reduce_rms_norm
+            ``fused`` or ``pair``, with `` symmetric`` behind.
+        in_place: whether the result is written to the input.
+        pinned: whether each rank's threads were on one core.
+        dtype: torch's name; None for a barrier.
+        bytes: of this rank's input tensor.
+        hidden: its last dimension for all_reduce_rms_norm, else None.
+        ranks: how many.
+        device: ``cpu`` or ``cuda``.
+        graph: measured under a replayed graph.
+        median_us: over all counted calls.
+        p99_us: over all counted calls.
+        iterations: counted calls.
+        vs_torch: median of `torch`, the better of pinned and not, divided by this one's, both of this run.
+        vs_pair: of a fused row, the median of the same backend's unfused pair on the same kind of tensor, the better of pinned
+            and not, divided by this one's.
+        detail: what a pair is made of.
     """
 
+    collective: str
+    op: str | None
     backend: str
     mode: str
-    op: str
-    dtype: str
+    in_place: bool
+    pinned: bool
+    dtype: str | None
     bytes: int
+    hidden: int | None
     ranks: int
     device: str
     graph: bool
     median_us: float
     p99_us: float
     iterations: int
-    vs_torch: float | None
+    vs_torch: float | None = None
+    vs_pair: float | None = None
+    detail: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with these names."""
         return asdict(self)
 
 
-@dataclass
-class Case:
-    """One candidate: a communicator with one backend, and the kind of tensor it is given."""
-
-    backend: str
-    mode: str
-    communicator: Communicator
-
-
 def measure(
     plane: Plane,
+    communicators: dict[str, Communicator],
+    todo: Sequence[Step],
     *,
-    sizes: Sequence[int],
-    dtypes: Sequence[str],
-    backends: Sequence[str] | None = None,
+    pin: str | None = None,
     rounds: int = 7,
     progress: Callable[[str], None] = lambda _text: None,
 ) -> list[Row]:
-    """Time in-place all-reduce sums over all ranks. Collective; every rank returns the same rows.
+    """Time each step on each backend. Collective over all ranks; every rank returns the same rows.
 
     Args:
         plane: over which ranks.
-        sizes: bytes a rank.
-        dtypes: names such as ``"bfloat16"``.
-        backends: which to compare; `torch` is always among them. If unset, all that are usable.
+        communicators: those to compare by backend, from `form`.
+        todo: from `steps`.
+        pin: ``on``, ``off`` or ``both``; see `pinnings` for None.
         rounds: counted rounds.
         progress: told what is being measured.
 
     Raises:
-        ConfigError: a backend asked for by name cannot serve these ranks.
+        UnsupportedOperation: no backend does a step.
     """
-    cases = _cases(plane, backends)
-    rows = []
-    steps = [(dtype, nbytes) for dtype in dtypes for nbytes in sizes]
-    for i, (dtype, nbytes) in enumerate(steps):
-        progress(f"[{i + 1}/{len(steps)}] {dtype} {nbytes} bytes")
-        rows.extend(_measure_one(plane, cases, dtype, nbytes, rounds))
-    for communicator in dict.fromkeys(c.communicator for c in cases):
-        communicator.close()
+    rows: list[Row] = []
+    ways = pinnings(plane, communicators.values(), pin)
+    for i, step in enumerate(todo):
+        progress(f"[{i + 1}/{len(todo)}] {step}")
+        cases = make_cases(plane, communicators, step)
+        if not cases:
+            raise UnsupportedOperation(f"bench: no backend serves {step}")
+        rows.extend(_measure_one(plane, cases, step, ways, rounds))
     return rows
 
 
-def _cases(plane: Plane, backends: Sequence[str] | None) -> list[Case]:
-    wanted = ["torch", *(n for n in (plane.plugins.backends() if backends is None else backends) if n != "torch")]
-    cases = []
-    for name in wanted:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CommplaneWarning)  # said below, as an error if it was asked for
-            comm = plane.communicator(f"bench_{name}", backends=[name])
-        if comm.plan.backends[0] != name:
-            refusal = next((c.reason for c in comm.plan.candidates if c.name == name), "unknown")
-            comm.close()
-            if backends is not None:
-                raise ConfigError(f"bench: backend {name!r} cannot serve these ranks: {refusal}")
-            continue
-        cases.append(Case(name, "staged", comm))
-        if any(s.name == name and "symmetric_memory" in map(str, s.capabilities) for s in comm.plan.specs):
-            cases.append(Case(name, "symmetric", comm))
-    return cases
+def steps(
+    plane: Plane,
+    *,
+    collectives: Sequence[Collective],
+    op: str,
+    dtypes: Sequence[str],
+    sizes: Sequence[int],
+    hidden: int,
+    out_of_place: bool = False,
+) -> list[Step]:
+    """What to measure, in order; sizes that come to the same number of elements once. Local.
 
-
-def _measure_one(plane: Plane, cases: Sequence[Case], dtype: str, nbytes: int, rounds: int) -> list[Row]:
+    Raises:
+        ConfigError: a dtype that torch does not have, or that the collective does not take.
+    """
     import torch
 
-    kind = getattr(torch, dtype)
-    count = max(1, nbytes // kind.itemsize)
-    live: list[tuple[Case, torch.Tensor]] = []
-    for case in cases:
-        comm = case.communicator
-        if comm.plan.explain(nbytes=count * kind.itemsize, dtype=dtype).chosen != case.backend:
-            continue
-        comm.prepare("all_reduce", dtype=kind, max_bytes=count * kind.itemsize)
-        symmetric = case.mode == "symmetric"
-        tensor = comm.empty(count, dtype=kind) if symmetric else torch.empty(count, dtype=kind, device=comm.device)
-        live.append((case, tensor.zero_()))  # zeros stay zeros, however often they are summed
-    if not live:
-        raise UnsupportedOperation(f"bench: no backend reduces {dtype}")
-    calls = [_calls_per_turn(case, tensor, plane) for case, tensor in live]
-    times: list[list[float]] = [[] for _ in live]
-    for _round in range(rounds):
-        for i, (case, tensor) in enumerate(live):
-            times[i].extend(_turn(case, tensor, calls[i]))
-    mine = [(statistics.median(t), _p99(t)) for t in times]
+    unknown = [d for d in dtypes if not isinstance(getattr(torch, d, None), torch.dtype)]
+    if unknown:
+        raise ConfigError(f"bench: torch has no dtype {', '.join(unknown)}")
+    kinds = {d: getattr(torch, d) for d in dtypes}
+    integers = [d for d, kind in kinds.items() if not kind.is_floating_point]
+    if integers and Collective.ALL_REDUCE_RMS_NORM in collectives:
+        raise ConfigError(f"bench: all_reduce_rms_norm wants floating-point dtypes, found {', '.join(integers)}")
+    out = [
+        Step.of(
+            collective,
+            op=op,
+            dtype=dtype,
+            nbytes=nbytes,
+            itemsize=kind.itemsize,
+            world_size=plane.world_size,
+            hidden=hidden,
+            out_of_place=out_of_place,
+        )
+        for collective in collectives
+        for dtype, kind in kinds.items()
+        for nbytes in sizes
+    ]
+    return list(dict.fromkeys(out))
+
+
+def pinnings(plane: Plane, communicators: Iterable[Communicator], pin: str | None) -> list[bool]:
+    """Whether to measure pinned, not pinned, or both, in order of turns. Equal on all ranks, local.
+
+    Without a choice: both where all tensors are on the CPU and no host has more ranks than cores, else not pinned.
+    """
+    if pin is None:
+        on_cpu = all(c.key.device == "cpu" for c in communicators)
+        pin = "both" if on_cpu and not plane.facts.oversubscribed(list(plane.facts)) else "off"
+    return {"on": [True], "off": [False], "both": [True, False]}[pin]
+
+
+def _measure_one(plane: Plane, cases: Sequence[Case], step: Step, ways: Sequence[bool], rounds: int) -> list[Row]:
+    core = core_of(plane.facts, plane.rank)
+    entries = [(case, on) for case in cases for on in ways]
+    runners = [Runner(case.communicator, case.call, core if on else None) for case, on in entries]
+    calls = agree_on_calls(plane, runners)
+    times: list[list[float]] = [[] for _ in runners]
+    for number in range(rounds + 1):
+        for i, runner in enumerate(runners):
+            turn = take_turn(runner, calls[i])
+            if number:
+                times[i].extend(turn)
+    mine = [(statistics.median(t) / c.times, p99(t) / c.times) for t, (c, _) in zip(times, entries, strict=True)]
     everyone = plane.gather(mine, what="bench results")
-    medians = [max(result[i][0] for result in everyone) for i in range(len(live))]
-    p99s = [max(result[i][1] for result in everyone) for i in range(len(live))]
-    torch_median = next((m for m, (case, _) in zip(medians, live, strict=True) if case.backend == "torch"), None)
-    return [
+    rows = [
         Row(
+            collective=str(step.collective),
+            op=step.op,
             backend=case.backend,
             mode=case.mode,
-            op="all_reduce",
-            dtype=dtype,
-            bytes=count * kind.itemsize,
+            in_place=step.in_place,
+            pinned=on,
+            dtype=step.dtype,
+            bytes=step.nbytes,
+            hidden=step.hidden,
             ranks=plane.world_size,
             device=case.communicator.key.device,
             graph=False,
-            median_us=round(medians[i], 3),
-            p99_us=round(p99s[i], 3),
-            iterations=len(times[i]),
-            vs_torch=None if torch_median is None else round(torch_median / medians[i], 2),
+            median_us=round(max(result[i][0] for result in everyone), 3),
+            p99_us=round(max(result[i][1] for result in everyone), 3),
+            iterations=len(times[i]) * case.times,
+            detail=case.detail,
         )
-        for i, (case, _) in enumerate(live)
+        for i, (case, on) in enumerate(entries)
     ]
+    return compare(rows)
 
 
-def _calls_per_turn(case: Case, tensor: torch.Tensor, plane: Plane) -> int:
-    """The uncounted first round, and from it the number of calls that fill a turn; the leader's estimate for all ranks."""
-    estimate = statistics.median(_turn(case, tensor, _MIN_CALLS)) / 1e6
-    calls = int(min(_MAX_CALLS, max(_MIN_CALLS, _TURN_S / max(estimate, 1e-7))))
-    calls = int(plane.gather(calls, what="bench calibration")[0])
-    _turn(case, tensor, max(1, calls // 2))
-    return calls
+def compare(rows: Sequence[Row]) -> list[Row]:
+    """`rows` of one step, with their ratios. Pure."""
 
+    def ratio(row: Row, others: Sequence[Row]) -> float | None:
+        return round(min(o.median_us for o in others) / row.median_us, 2) if others else None
 
-def _turn(case: Case, tensor: torch.Tensor, calls: int) -> list[float]:
-    """`calls` timed calls after a barrier, in microseconds each. On a GPU a call is timed until its result is there."""
-    call: Callable[[torch.Tensor], object] = case.communicator.all_reduce_
-    clock = time.perf_counter_ns
-    if tensor.is_cuda:
-        import torch
-
-        launch, wait = call, torch.cuda.synchronize
-
-        def call(tensor: torch.Tensor) -> None:
-            launch(tensor)
-            wait(tensor.device)
-
-    stamps = [0] * (calls + 1)
-    case.communicator.barrier()
-    stamps[0] = clock()
-    for i in range(1, calls + 1):
-        call(tensor)
-        stamps[i] = clock()
-    return [(b - a) / 1000 for a, b in pairwise(stamps)]
-
-
-def _p99(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+    out = []
+    for row in rows:
+        reference = [r for r in rows if r.backend == "torch"]
+        pair_mode = row.mode.replace("fused", "pair")
+        pair = [r for r in rows if r.backend == row.backend and r.mode == pair_mode] if pair_mode != row.mode else []
+        out.append(replace(row, vs_torch=ratio(row, reference), vs_pair=ratio(row, pair)))
+    return out

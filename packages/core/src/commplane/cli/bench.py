@@ -5,80 +5,201 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from commplane.bench import measure, plot, require_plotting, table
+from commplane.api import Collective, ReduceOp
+from commplane.bench import (
+    NULL,
+    OverheadRow,
+    Row,
+    Subject,
+    describe,
+    form,
+    form_null,
+    in_words,
+    measure,
+    measure_overhead,
+    overhead_table,
+    pinnings,
+    plot,
+    require_plotting,
+    steps,
+    table,
+)
 from commplane.cli.launch import add_ranks_option, in_ranks, positive
 from commplane.cli.parse import DTYPE_ALIASES, parse_size
-from commplane.errors import ConfigError
-from commplane.runtime import init
+from commplane.errors import CommplaneError, ConfigError, PluginError, UnsupportedOperation
+from commplane.runtime import Plane, init
 
-__all__ = ["add_commands"]
+__all__ = ["add_commands", "check"]
 
 _SIZES = "64,1K,8K,64K,256K,1M,4M,16M"
+_OVERHEAD_SIZE = 64
 
 
 def add_commands(commands: Any) -> None:
     """Define ``bench``."""
     parser = commands.add_parser("bench", help="latency of every usable backend, taking turns; table, JSON, plot")
     add_ranks_option(parser)
-    parser.add_argument("--sizes", type=_sizes, default=_sizes(_SIZES), metavar="LIST", help=f"bytes (default {_SIZES})")
     parser.add_argument(
-        "--dtypes", type=_dtypes, default=_dtypes("float32,bfloat16"), metavar="LIST", help="default float32,bfloat16"
+        "--collectives",
+        type=_collectives,
+        default=[Collective.ALL_REDUCE],
+        metavar="LIST",
+        help=f"of {', '.join(Collective)} (default all_reduce)",
     )
-    parser.add_argument("--backends", metavar="LIST", help="which to compare with torch (default all that are usable)")
+    parser.add_argument("--op", default="sum", choices=[str(op) for op in ReduceOp], help="reduction (default sum)")
+    parser.add_argument("--out-of-place", action="store_true", help="all_reduce into a new tensor")
+    parser.add_argument("--sizes", type=_sizes, metavar="LIST", help=f"bytes of a rank's input (default {_SIZES})")
+    parser.add_argument("--dtypes", type=_dtypes, metavar="LIST", help="default float32,bfloat16")
+    parser.add_argument(
+        "--hidden", type=positive, default=4096, help="last dimension for all_reduce_rms_norm, in elements (default 4096)"
+    )
+    parser.add_argument("--backends", type=_names, metavar="LIST", help="to compare with torch (default all that are usable)")
+    parser.add_argument(
+        "--pin",
+        choices=["on", "off", "both"],
+        help="each rank's threads on one core (default both on CPU where ranks do not outnumber cores, else off)",
+    )
+    parser.add_argument(
+        "--overhead",
+        action="store_true",
+        help=f"what lies between a user's call and the native one (default {_OVERHEAD_SIZE} bytes of float32, pinned)",
+    )
     parser.add_argument("--rounds", type=positive, default=7, help="counted rounds (default 7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency against size (wants commplane[plot])")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(call=_bench)
 
 
+def _words(text: str, what: str) -> list[str]:
+    words = [part.strip() for part in text.split(",") if part.strip()]
+    if not words:
+        raise argparse.ArgumentTypeError(f"wanted at least one {what}, found none")
+    return words
+
+
 def _sizes(text: str) -> list[int]:
-    sizes = [parse_size(part) for part in text.split(",") if part.strip()]
-    if not sizes:
-        raise argparse.ArgumentTypeError("wanted at least one size, found none")
-    return sizes
+    return [parse_size(word) for word in _words(text, "size")]
 
 
 def _dtypes(text: str) -> list[str]:
-    names = [DTYPE_ALIASES.get(part.strip(), part.strip()) for part in text.split(",") if part.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("wanted at least one dtype, found none")
-    return names
+    return [DTYPE_ALIASES.get(word, word) for word in _words(text, "dtype")]
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _names(text: str) -> list[str]:
+    return _words(text, "backend")
+
+
+def _collectives(text: str) -> list[Collective]:
+    words = _words(text, "collective")
+    unknown = [word for word in words if word not in Collective._value2member_map_]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(Collective)}, found {', '.join(unknown)}")
+    return [Collective(word) for word in dict.fromkeys(words)]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise `ConfigError` at once for what would fail after minutes. Local, starts nothing."""
     for path in filter(None, (options.json, options.plot)):
         if not path.resolve().parent.is_dir():
             raise ConfigError(f"bench: the folder of {str(path)!r} does not exist")
+    if options.overhead:
+        others = {
+            "--plot": options.plot is not None,
+            "--collectives": options.collectives != [Collective.ALL_REDUCE],
+            "--op": options.op != "sum",
+            "--out-of-place": options.out_of_place,
+        }
+        unfit = [name for name, given in others.items() if given]
+        if unfit:
+            raise ConfigError(f"bench: --overhead measures all_reduce sum as a table, found {', '.join(unfit)}: leave it out")
     if options.plot is not None:
+        if options.collectives == [Collective.BARRIER]:
+            raise ConfigError("bench: --plot draws against size, and a barrier has none: leave it out")
         require_plotting()
+
+
+Progress = Callable[[str], None]
+Answer = tuple[dict[str, Any], Sequence[Row] | Sequence[OverheadRow], str]
+
+
+def _bench(options: argparse.Namespace) -> int:
+    check(options)
     code = in_ranks(options)
     if code is not None:
         return code
-    import torch
-
-    unknown = [d for d in options.dtypes if not isinstance(getattr(torch, d, None), torch.dtype)]
-    if unknown:
-        raise ConfigError(f"bench: torch has no dtype {', '.join(unknown)}")
-    with init() as plane:
-        speaks = plane.rank == 0
+    refused: CommplaneError | None = None
+    with ExitStack() as planes:
+        plane = planes.enter_context(init())
 
         def progress(text: str) -> None:
-            if speaks and not options.quiet:
+            if plane.rank == 0 and not options.quiet:
                 end = "\r" if sys.stderr.isatty() else "\n"
-                print(f"{text:<40}", end=end, file=sys.stderr, flush=True)
+                print(f"{text:<60}", end=end, file=sys.stderr, flush=True)
 
-        names = None if options.backends is None else [n.strip() for n in options.backends.split(",") if n.strip()]
-        rows = measure(
-            plane, sizes=options.sizes, dtypes=options.dtypes, backends=names, rounds=options.rounds, progress=progress
-        )
-        if speaks:
-            print(table(rows))
-            if options.json is not None:
-                options.json.write_text(json.dumps([r.to_json() for r in rows], indent=1) + "\n")
-            if options.plot is not None:
-                plot(rows, options.plot)
+        try:
+            machine, rows, text = (_overhead if options.overhead else _latency)(options, plane, planes, progress)
+        except (ConfigError, PluginError, UnsupportedOperation) as error:
+            refused = error  # on every rank alike: no fault, so the ranks part as they would at the end
+        else:
+            if plane.rank == 0:
+                print(f"{text}\n\non a {in_words(machine)}")
+                if options.json is not None:
+                    answer = {"machine": machine, "rows": [r.to_json() for r in rows]}
+                    options.json.write_text(json.dumps(answer, indent=1) + "\n")
+    if refused is not None:
+        raise refused
     return 0
+
+
+def _latency(options: argparse.Namespace, plane: Plane, _planes: ExitStack, progress: Progress) -> Answer:
+    """Collectives against torch. Collective over all ranks."""
+    todo = steps(
+        plane,
+        collectives=options.collectives,
+        op=options.op,
+        dtypes=options.dtypes or ["float32", "bfloat16"],
+        sizes=options.sizes or _sizes(_SIZES),
+        hidden=options.hidden,
+        out_of_place=options.out_of_place,
+    )
+    formed = form(plane, options.backends, "bench")
+    machine = describe(plane, formed.values(), options.argv)
+    rows = measure(plane, formed, todo, pin=options.pin, rounds=options.rounds, progress=progress)
+    if plane.rank == 0 and options.plot is not None:
+        plot(rows, options.plot)
+    return machine, rows, table(rows)
+
+
+def _overhead(options: argparse.Namespace, plane: Plane, planes: ExitStack, progress: Progress) -> Answer:
+    """The layers of one call, with the flight recorder as it is set and, where it is on, without. Collective over all ranks."""
+    todo = steps(
+        plane,
+        collectives=[Collective.ALL_REDUCE],
+        op="sum",
+        dtypes=options.dtypes or ["float32"],
+        sizes=options.sizes or [_OVERHEAD_SIZE],
+        hidden=1,
+    )
+    both = {False: plane}
+    if any(plane.gather(plane.config.flight_records, what="setting flight_records")):  # each rank may have its own
+        both = {True: plane, False: planes.enter_context(init(config={"flight_records": 0}))}
+    subjects = []
+    for recorded, p in both.items():
+        formed = form(p, options.backends, "overhead")
+        subjects += [Subject(name, comm, recorded) for name, comm in formed.items()]
+        subjects.append(Subject(NULL, form_null(p), recorded))
+    communicators = [s.communicator for s in subjects]
+    machine = describe(plane, [s.communicator for s in subjects if s.backend != NULL], options.argv)
+    pin = options.pin or ("on" if True in pinnings(plane, communicators, None) else "off")
+    rows = []
+    for step in todo:
+        rows += measure_overhead(
+            plane, subjects, step, pin=pinnings(plane, communicators, pin), rounds=options.rounds, progress=progress
+        )
+    return machine, rows, overhead_table(rows)

@@ -1,0 +1,57 @@
+"""What a fused all-reduce + RMSNorm replaces: the all-reduce, and then torch's own operations.
+
+There are several ways to write that. The fastest one here is taken, so that a fused collective is compared with what a careful
+user would have written, not with the slowest that can be found.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from commplane.api import add_rms_norm
+from commplane.bench.timing import Runner, agree_on_calls, take_turn
+
+if TYPE_CHECKING:
+    import torch
+
+    from commplane.runtime import Communicator, Plane
+
+__all__ = ["fastest_pair", "pairs"]
+
+Pair = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]
+
+_EPS = 1e-6
+
+
+def pairs(comm: Communicator, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> dict[str, Pair]:
+    """The ways to write it, by name. A call is collective and gives the norm and the new residual."""
+    import torch
+
+    def composed(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(total, residual, weight, _EPS)
+
+    def of_torch(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total.add_(residual)
+        return torch.nn.functional.rms_norm(total, weight.shape, weight, _EPS), total
+
+    return {
+        "all_reduce, add_rms_norm": lambda: composed(comm.all_reduce(tensor)),
+        "all_reduce, add_, rms_norm": lambda: of_torch(comm.all_reduce(tensor)),
+        "all_reduce_, add_rms_norm": lambda: composed(comm.all_reduce_(tensor)),
+        "all_reduce_, add_, rms_norm": lambda: of_torch(comm.all_reduce_(tensor)),
+    }
+
+
+def fastest_pair(
+    plane: Plane, comm: Communicator, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> tuple[str, Pair]:
+    """The way that took the least time in a turn each, summed over the ranks. Collective over all ranks."""
+    ways = pairs(comm, tensor, residual, weight)
+    runners = [Runner(comm, way) for way in ways.values()]
+    calls = agree_on_calls(plane, runners)
+    times = [statistics.median(take_turn(runner, n)) for runner, n in zip(runners, calls, strict=True)]
+    everyone = plane.gather(times, what="bench of unfused pairs")
+    name = min(zip(ways, map(sum, zip(*everyone, strict=True)), strict=True), key=lambda item: item[1])[0]
+    return name, ways[name]
