@@ -136,7 +136,7 @@ inline void publish(Comm& comm, uint64_t step, const Descriptor& descriptor, con
 
 // The slow ends of await(), in faults.cc: out of line, so that the fast path stays a load and a compare a peer.
 [[gnu::cold]] int await_slowly(Comm& comm, uint64_t step, const Descriptor& descriptor);
-[[gnu::cold]] bool should_stop(Comm& comm, uint64_t step);
+[[gnu::cold]] bool should_stop(Comm& comm, uint64_t step, const Descriptor& descriptor);
 [[gnu::cold]] int fail_mismatch(Comm& comm, uint64_t step, const Descriptor& descriptor);
 [[gnu::cold]] int greet(Comm& comm);
 
@@ -159,7 +159,7 @@ inline int await(Comm& comm, uint64_t step, const Descriptor& descriptor) {
             const Waited waited = bounded_wait(
                 comm.oversubscribed, comm.timeout_ns.load(std::memory_order_relaxed),
                 [&] { return line.step.load(std::memory_order_relaxed) == step; }, [&] { return any_aborted(comm); },
-                [&] { return should_stop(comm, step); });
+                [&] { return should_stop(comm, step, descriptor); });
             if (waited != Waited::kReady) [[unlikely]] return await_slowly(comm, step, descriptor);
             (void)line.step.load(std::memory_order_acquire);
         }

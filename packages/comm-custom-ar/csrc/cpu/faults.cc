@@ -125,7 +125,7 @@ void tell_peers(Comm& comm, uint64_t culprits) {
 
 int refuse_aborted(Comm& comm, const Descriptor& mine) { return fail_aborted(comm, mine); }
 
-bool should_stop(Comm& comm, uint64_t step) {
+bool should_stop(Comm& comm, uint64_t step, const Descriptor& mine) {
     const uint64_t missing = missing_at(comm, step);
     comm.flight.waits_for(missing);
     int (*const check)(void) = interrupt_check.load(std::memory_order_acquire);
@@ -133,7 +133,8 @@ bool should_stop(Comm& comm, uint64_t step) {
         comm.interrupted = true;
         return true;
     }
-    return dead_among(comm, missing) != 0;
+    // A mistake of the ranks that are here is known without those that are not.
+    return mismatch_at(comm, step, mine) != 0 || dead_among(comm, missing) != 0;
 }
 
 int await_slowly(Comm& comm, uint64_t step, const Descriptor& mine) {
@@ -141,6 +142,7 @@ int await_slowly(Comm& comm, uint64_t step, const Descriptor& mine) {
     if (comm.interrupted) {
         comm.interrupted = false;
         poison(comm, COMMPLANE_CAR_EINTERRUPTED, mine, missing, 0, bit(comm.rank));
+        if (missing == 0) return fail_call(comm, COMMPLANE_CAR_EINTERRUPTED, "interrupted when the last rank came", 0, "");
         return fail_call(comm, COMMPLANE_CAR_EINTERRUPTED, "interrupted while it waited for rank", missing, "");
     }
     if (mismatch_at(comm, step, mine) != 0) return fail_mismatch(comm, step, mine);

@@ -37,7 +37,8 @@ enum class Waited { kReady, kAborted, kExpired, kStopped };
 //           peer from running: then it begins here.
 //   sleep   50 us a poll: whoever waits this long waits for something slow, and leaves the core to it.
 //
-// `stopped` may make system calls; it is asked about every 20 ms of the last phase.
+// `stopped` may make system calls; it is asked about every 20 ms of the last phase, and its yes is final: it may have used up what
+// it was told, such as a signal.
 template <class Ready, class Aborted, class Stopped>
 Waited bounded_wait(bool oversubscribed, uint64_t timeout_ns, Ready ready, Aborted aborted, Stopped stopped) {
     constexpr uint64_t kYieldNs = 10000000, kAskNs = 20000000;
@@ -64,7 +65,7 @@ Waited bounded_wait(bool oversubscribed, uint64_t timeout_ns, Ready ready, Abort
         left = phase == kYield ? 16 : 1;
         if (phase == kSleep && now - asked >= kAskNs) {
             asked = now;
-            if (stopped()) return ready() ? Waited::kReady : Waited::kStopped;
+            if (stopped()) return Waited::kStopped;
         }
     }
 }
