@@ -3,6 +3,7 @@
 // processes. With CAR_TEST_SHARE_MAPPING set all ranks use one mapping: then a thread sanitizer sees the sharing.
 #pragma once
 
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,6 +32,16 @@ inline std::atomic<int> failures{0};
                     commplane_car_status_name(got_), commplane_car_last_error(), commplane_car_status_name(wanted)); \
     } while (false)
 
+// Ends the process if it is still there after so many seconds: a call that hangs is a failure with a name.
+inline void deadline(unsigned seconds) {
+    signal(SIGALRM, [](int) {
+        static const char text[] = "the test has not ended within its deadline\n";
+        const ssize_t written = write(STDERR_FILENO, text, sizeof text - 1);
+        _exit(written > 0 ? 3 : 4);
+    });
+    alarm(seconds);
+}
+
 inline int report(const char* name) {
     printf("%s: %d failures\n", name, failures.load());
     return failures == 0 ? 0 : 1;
@@ -48,6 +59,9 @@ struct GroupOptions {
     uint64_t symmetric = 0;  // bytes a rank of a registered region; 0: none
     std::function<void(commplane_car_options&)> adjust;  // per rank, before open
 };
+
+// More ranks than cores, so a wait yields at once.
+inline bool oversubscribed(uint32_t world) { return world > std::thread::hardware_concurrency(); }
 
 struct Rank {
     uint32_t rank;
@@ -70,7 +84,7 @@ inline void run_group(const GroupOptions& options, const std::function<void(Rank
     commplane_car_options base = {};
     base.size = sizeof base;
     base.world_size = options.world;
-    base.oversubscribed = options.world > std::thread::hardware_concurrency();
+    base.oversubscribed = oversubscribed(options.world) ? 1 : 0;
     base.staging_bytes = options.staging;
     base.chunk_bytes = options.chunk;
     base.timeout_ns = options.timeout_ns;
@@ -135,7 +149,7 @@ inline void run_group(const GroupOptions& options, const std::function<void(Rank
 // The instruction sets of this CPU.
 inline std::vector<std::string> instruction_sets() {
     std::vector<std::string> found;
-    for (const char* name : {"baseline", "avx2", "avx512"}) {
+    for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"}) {
         if (commplane_car_set_isa(name) == 0) found.push_back(name);
     }
     commplane_car_set_isa("auto");

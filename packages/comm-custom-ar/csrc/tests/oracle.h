@@ -1,137 +1,156 @@
 // SPDX-License-Identifier: Apache-2.0
-// What an all-reduce has to give, bit for bit, computed another way than the library does: 16-bit numbers are rounded by
-// looking for the nearest of all representable values in double, not with bit tricks.
+// What the collectives have to give, bit for bit, and how far that may lie from the exact result.
 #pragma once
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include <float.h>
 
 #include <algorithm>
-#include <vector>
 
-#include "commplane_car.h"
+#include "numbers.h"
 
-inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-struct Format16 {
-    int exponent_bits;
-    int mantissa_bits;
-
-    double decode(uint16_t bits) const {
-        const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
-        const int mantissa = bits & ((1 << mantissa_bits) - 1);
-        const int bias = (1 << (exponent_bits - 1)) - 1;
-        const double sign = (bits & 0x8000) != 0 ? -1.0 : 1.0;
-        if (exponent == (1 << exponent_bits) - 1) return mantissa != 0 ? NAN : sign * INFINITY;
-        if (exponent == 0) return sign * ldexp(mantissa, 1 - bias - mantissa_bits);
-        return sign * ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
-    }
-
-    uint16_t infinity() const { return static_cast<uint16_t>(((1 << exponent_bits) - 1) << mantissa_bits); }
-
-    // The nearest, ties to the even pattern. Positive patterns are ordered like their values.
-    uint16_t encode(double value) const {
-        if (isnan(value)) return static_cast<uint16_t>(infinity() | 1 << (mantissa_bits - 1));
-        const uint16_t sign = signbit(value) ? 0x8000 : 0;
-        const double size = fabs(value);
-        uint16_t low = 0, high = infinity();  // the greatest pattern with decode <= size is in [low, high)
-        if (isinf(size)) return static_cast<uint16_t>(sign | high);
-        while (high - low > 1) {
-            const auto middle = static_cast<uint16_t>((low + high) / 2);
-            (decode(middle) <= size ? low : high) = middle;
-        }
-        // For rounding, infinity stands where the next number would be.
-        const double next = high == infinity() ? ldexp(1.0, 1 << (exponent_bits - 1)) : decode(high);
-        const double down = size - decode(low), up = next - size;
-        const uint16_t nearest = down < up || (down == up && low % 2 == 0) ? low : high;
-        return static_cast<uint16_t>(sign | nearest);
-    }
-};
-
-constexpr Format16 kHalf = {5, 10};
-constexpr Format16 kBrain = {8, 7};
-
-inline size_t element_bytes(int dtype) { return dtype == COMMPLANE_CAR_FLOAT32 ? 4 : 2; }
-
-inline float load_element(int dtype, const unsigned char* p) {
-    if (dtype == COMMPLANE_CAR_FLOAT32) {
-        float value;
-        memcpy(&value, p, 4);
-        return value;
-    }
-    uint16_t bits;
-    memcpy(&bits, p, 2);
-    return static_cast<float>((dtype == COMMPLANE_CAR_FLOAT16 ? kHalf : kBrain).decode(bits));
-}
-
-inline void store_element(int dtype, unsigned char* p, float value) {
-    if (dtype == COMMPLANE_CAR_FLOAT32) {
-        const uint32_t bits = isnan(value) ? 0x7fc00000u : bits_of(value);
-        memcpy(p, &bits, 4);
-        return;
-    }
-    const uint16_t bits = (dtype == COMMPLANE_CAR_FLOAT16 ? kHalf : kBrain).encode(value);
-    memcpy(p, &bits, 2);
-}
-
-// Rank order, float32, NaN wins in min and max; of two equal numbers (0 and -0) the later rank's.
-inline float combine(int op, float a, float b) {
+// NaN wins in min and max; of two equal numbers (0 and -0) the later rank's.
+template <class Real>
+Real combine(int op, Real a, Real b) {
     if (op == COMMPLANE_CAR_MIN || op == COMMPLANE_CAR_MAX) {
-        if (isnan(a) || isnan(b)) return NAN;
+        if (isnan(a) || isnan(b)) return static_cast<Real>(NAN);
         return (op == COMMPLANE_CAR_MIN ? a < b : a > b) ? a : b;
     }
     return a + b;
 }
 
-inline std::vector<unsigned char> expected(const std::vector<std::vector<unsigned char>>& inputs, size_t count, int dtype,
-                                           int op) {
+// Rank order, in Real: float32 for all but float64.
+template <class Real>
+void reduce_reals(const std::vector<Bytes>& inputs, size_t count, int dtype, int op, Bytes& out) {
     const size_t width = element_bytes(dtype);
-    std::vector<unsigned char> out(count * width);
     for (size_t i = 0; i < count; ++i) {
-        float value = load_element(dtype, inputs[0].data() + i * width);
-        for (size_t r = 1; r < inputs.size(); ++r) value = combine(op, value, load_element(dtype, inputs[r].data() + i * width));
-        if (op == COMMPLANE_CAR_AVG) value = value / static_cast<float>(inputs.size());
-        store_element(dtype, out.data() + i * width, value);
+        Real value = static_cast<Real>(load_real(dtype, inputs[0].data() + i * width));
+        for (size_t r = 1; r < inputs.size(); ++r) {
+            value = combine(op, value, static_cast<Real>(load_real(dtype, inputs[r].data() + i * width)));
+        }
+        if (op == COMMPLANE_CAR_AVG) value = value / static_cast<Real>(inputs.size());
+        store_real(dtype, out.data() + i * width, static_cast<double>(value));
+    }
+}
+
+inline void reduce_integers(const std::vector<Bytes>& inputs, size_t count, int dtype, int op, Bytes& out) {
+    const size_t width = element_bytes(dtype);
+    for (size_t i = 0; i < count; ++i) {
+        Wide value = load_integer(dtype, inputs[0].data() + i * width);
+        for (size_t r = 1; r < inputs.size(); ++r) {
+            const Wide next = load_integer(dtype, inputs[r].data() + i * width);
+            value = op == COMMPLANE_CAR_SUM ? value + next : op == COMMPLANE_CAR_MIN ? std::min(value, next) : std::max(value, next);
+        }
+        store_integer(dtype, out.data() + i * width, value);
+    }
+}
+
+// `count` elements of every rank's input, reduced.
+inline Bytes reduced(const std::vector<Bytes>& inputs, size_t count, int dtype, int op) {
+    Bytes out(count * element_bytes(dtype));
+    if (is_integer(dtype)) {
+        reduce_integers(inputs, count, dtype, op, out);
+    } else if (dtype == kFloat64) {
+        reduce_reals<double>(inputs, count, dtype, op, out);
+    } else {
+        reduce_reals<float>(inputs, count, dtype, op, out);
     }
     return out;
 }
 
-struct Random {
-    uint64_t state;
-    uint64_t next() {  // splitmix64
-        uint64_t z = (state += UINT64_C(0x9e3779b97f4a7c15));
-        z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-        z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
-        return z ^ z >> 31;
+// A sum or a mean in `dtype` against the exact one: a rounding of the accumulator a rank, one to the dtype, and half of the
+// smallest number where digits run out. Elements that are not finite, or near overflow, are left out; *compared counts the others.
+inline bool near_exact_sum(const std::vector<Bytes>& inputs, size_t count, int dtype, int op, const Bytes& got, size_t* compared) {
+    const size_t width = element_bytes(dtype);
+    const double unit = dtype == kFloat64 ? 0x1p-53 : 0x1p-24;  // of the accumulator
+    const double rounding = dtype == kFloat16 ? 0x1p-11 : dtype == kBfloat16 ? 0x1p-8 : unit;
+    const double smallest = dtype == kFloat16 ? 0x1p-25 : dtype == kBfloat16 ? 0x1p-134 : dtype == kFloat32 ? 0x1p-150 : 0;
+    const double most = dtype == kFloat64 ? DBL_MAX / 2 : dtype == kFloat16 ? 65000.0 : 1.5e38;
+    *compared = 0;
+    for (size_t i = 0; i < count; ++i) {
+        long double sum = 0, size = 0;
+        for (const Bytes& input : inputs) {
+            const double value = load_real(dtype, input.data() + i * width);
+            sum += value;
+            size += fabs(value);
+        }
+        if (!(size < most)) continue;  // NaN too
+        ++*compared;
+        if (op == COMMPLANE_CAR_AVG) {
+            sum /= static_cast<long double>(inputs.size());
+            size /= static_cast<long double>(inputs.size());
+        }
+        const long double off = fabsl(load_real(dtype, got.data() + i * width) - sum);
+        if (off > size * unit * static_cast<long double>(inputs.size() + 1) + fabsl(sum) * rounding + smallest) return false;
     }
+    return true;
+}
+
+// all_reduce_rms_norm on what the ranks contribute. Rounding points: commplane_car.h. The order in which the squares are summed,
+// element i in lane i % 32 and then a tree, is that of cpu/norm.h; no other order gives the same bits.
+struct Normed {
+    Bytes residual_out;
+    Bytes norm_out;
 };
 
-// Mostly numbers of like size; some of any bits at all: NaN, infinities, denormals, both zeros.
-inline std::vector<unsigned char> random_input(uint64_t seed, size_t count, int dtype) {
-    Random random{seed};
-    const size_t width = element_bytes(dtype);
-    std::vector<unsigned char> data(count * width);
-    for (size_t i = 0; i < count; ++i) {
-        const uint64_t r = random.next();
-        if (r % 16 == 0) {
-            const uint64_t raw = random.next();
-            memcpy(data.data() + i * width, &raw, width);
-        } else if (r % 16 == 1) {  // around the smallest numbers
-            const uint64_t raw = (random.next() & 0x83ff) << (width == 4 ? 16 : 0);
-            memcpy(data.data() + i * width, &raw, width);
-        } else {
-            store_element(dtype, data.data() + i * width, static_cast<float>(static_cast<int64_t>(r >> 40) - (1 << 23)) * 0x1p-20f);
+inline Normed rms_norm(const std::vector<Bytes>& inputs, const Bytes& residual, const Bytes& weight, size_t rows, size_t hidden,
+                       int dtype, float eps, float weight_bias) {
+    const size_t width = element_bytes(dtype), count = rows * hidden;
+    Normed out = {reduced(inputs, count, dtype, COMMPLANE_CAR_SUM), Bytes(count * width)};
+    const auto at = [&](const Bytes& data, size_t i) { return static_cast<float>(load_real(dtype, data.data() + i * width)); };
+    for (size_t row = 0; row < rows; ++row) {
+        float lanes[32] = {};
+        for (size_t i = 0; i < hidden; ++i) {
+            const size_t here = row * hidden + i;
+            store_real(dtype, out.residual_out.data() + here * width, at(out.residual_out, here) + at(residual, here));
+            const float v = at(out.residual_out, here);
+            lanes[i % 32] += v * v;
+        }
+        for (size_t half = 16; half != 0; half /= 2) {
+            for (size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        }
+        const float inverse = 1.0f / sqrtf(lanes[0] / static_cast<float>(hidden) + eps);
+        for (size_t i = 0; i < hidden; ++i) {
+            const size_t here = row * hidden + i;
+            store_real(dtype, out.norm_out.data() + here * width, at(out.residual_out, here) * inverse * (weight_bias + at(weight, i)));
         }
     }
-    return data;
+    return out;
+}
+
+// The distance between two finite numbers of a dtype, in steps from one representable number to the next.
+inline uint64_t steps_apart(int dtype, const unsigned char* a, const unsigned char* b) {
+    const size_t width = element_bytes(dtype);
+    const auto place = [&](const unsigned char* p) {
+        uint64_t bits = 0;
+        memcpy(&bits, p, width);
+        const uint64_t sign = UINT64_C(1) << (8 * width - 1);
+        const auto size = static_cast<int64_t>(bits & (sign - 1));
+        return (bits & sign) != 0 ? -size : size;
+    };
+    const int64_t distance = place(a) - place(b);
+    return static_cast<uint64_t>(distance < 0 ? -distance : distance);
+}
+
+// The greatest distance of `norm_out` from a float64 computation on the rounded `residual_out`, rounded once. Rows with numbers
+// that are not finite, or whose squares leave float32's range, are left out; *compared counts the elements of the others.
+inline uint64_t worst_norm(const Normed& got, const Bytes& weight, size_t rows, size_t hidden, int dtype, float eps,
+                           float weight_bias, size_t* compared) {
+    const size_t width = element_bytes(dtype);
+    uint64_t worst = 0;
+    *compared = 0;
+    for (size_t row = 0; row < rows; ++row) {
+        const unsigned char* const v = got.residual_out.data() + row * hidden * width;
+        double squares = 0;
+        for (size_t i = 0; i < hidden; ++i) squares += load_real(dtype, v + i * width) * load_real(dtype, v + i * width);
+        if (!(squares < 1e37)) continue;
+        const double inverse = 1.0 / sqrt(squares / static_cast<double>(hidden) + static_cast<double>(eps));
+        for (size_t i = 0; i < hidden; ++i) {
+            const double factor = static_cast<double>(weight_bias) + load_real(dtype, weight.data() + i * width);
+            unsigned char wanted[8];
+            store_real(dtype, wanted, load_real(dtype, v + i * width) * inverse * factor);
+            worst = std::max(worst, steps_apart(dtype, wanted, got.norm_out.data() + (row * hidden + i) * width));
+            ++*compared;
+        }
+    }
+    return worst;
 }
