@@ -85,7 +85,6 @@ def bench(
 ) -> dict[str, Any]:
     """Run it and return medians in microseconds by "path dtype bytes"."""
     from commplane_custom_ar import _native as n
-    from commplane_custom_ar import codes
 
     name = f"commplane-bench-{os.getpid()}"
     n.Segment.create(name, n.layout(world, STAGING).total)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from commplane.api import BuildContext
+from commplane.errors import CommunicatorError
 from commplane_custom_ar._native import Comm, NativeError, Segment
 from commplane_custom_ar.codes import EBUSY
 from commplane_custom_ar.segments import map_together
@@ -19,6 +20,7 @@ from commplane_custom_ar.segments import map_together
 __all__ = ["Region", "SymmetricHeap"]
 
 _MAX_ID = 65535
+_MOST_BYTES = 1 << 47  # of a segment
 
 
 @dataclass(eq=False)
@@ -49,6 +51,11 @@ class SymmetricHeap:
             return torch.empty(tuple(shape), dtype=dtype)
         stride = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         rank, n = self._context.rank, self._context.world_size
+        if n * stride > _MOST_BYTES:  # beyond 2^64 ctypes would take the rest of a division
+            raise CommunicatorError(
+                f"symmetric memory: wanted at most {_MOST_BYTES} bytes on all {n} ranks together, "
+                f"found {n} times {nbytes}: allocate less"
+            )
         segment = map_together(self._context.bootstrap, "symmetric memory", n * stride, rank * stride, stride)
         # Counted on every rank alike, whatever each of them has released since: peers compare the number in every call.
         self._count = self._count % _MAX_ID + 1
