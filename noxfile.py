@@ -147,6 +147,12 @@ def native(session: nox.Session) -> None:
 
 
 @nox.session
+def model(session: nox.Session) -> None:
+    """The long search of custom-ar's memory model: sequences of calls of 3 ranks; the tests have the short one."""
+    session.run("python", str(BACKENDS["custom_ar"].folder / "tests" / "protocol_search.py"))
+
+
+@nox.session
 def dist_check(session: nox.Session) -> None:
     """Wheels and source distributions: metadata, contents, tags, and what the native library exports."""
     install(session, *group("dist"), *group("build"))
