@@ -59,6 +59,7 @@ def group(
         "instance": instance,
         "rank": 0,
         "plan": "p",
+        "backends": [backend],
         "state": "failed" if fault else "open",
         "fault": fault,
         "records": {} if records is None else {backend: list(records)},

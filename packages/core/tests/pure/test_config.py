@@ -77,6 +77,11 @@ def test_variables_of_others_are_left_alone() -> None:
         ("skip_compat_check", 1, True),
         ("trace_hooks", True, True),
         ("host_alias", "rack-1", "rack-1"),
+        ("flight_records", "0", 0),
+        ("flight_records", 64, 64),
+        ("flight_dir", "records", "records"),
+        ("flight_dir", Path("records"), "records"),
+        ("flight_dir", "", None),
     ],
 )
 def test_a_value_is_read_in_every_spelling_it_may_have(key: str, raw: Any, value: Any) -> None:
@@ -104,6 +109,12 @@ def test_a_value_is_read_in_every_spelling_it_may_have(key: str, raw: Any, value
         ("device", ["cpu"], "one of auto, cpu, cuda"),
         ("skip_compat_check", "maybe", "1 or 0"),
         ("trace_hooks", 2, "1 or 0"),
+        ("flight_records", -1, "a whole number from 0 to 1000000"),
+        ("flight_records", "1000001", "a whole number from 0 to 1000000"),
+        ("flight_records", 2.5, "a whole number from 0 to 1000000"),
+        ("flight_records", True, "a whole number from 0 to 1000000"),
+        ("flight_records", None, "a whole number from 0 to 1000000"),
+        ("flight_dir", 5, "text"),
     ],
 )
 def test_a_wrong_value_names_setting_source_wanted_and_found(key: str, raw: Any, wanted: str) -> None:
@@ -189,7 +200,7 @@ def test_the_digest_does_not_depend_on_the_order_in_which_backends_were_found() 
     assert Config().with_options(backwards).digest == Config().with_options(DECLARED).digest
 
 
-@pytest.mark.parametrize("argument", [{"host_alias": "a"}, {"trace_hooks": True}])
+@pytest.mark.parametrize("argument", [{"host_alias": "a"}, {"trace_hooks": True}, {"flight_records": 0}, {"flight_dir": "a"}])
 def test_the_digest_does_not_change_with_a_value_of_one_rank(argument: dict[str, Any]) -> None:
     assert Config.load(argument, environ={}).digest == Config().digest
 

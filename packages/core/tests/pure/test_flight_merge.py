@@ -60,8 +60,8 @@ def test_a_killed_rank_is_named_with_the_call_that_it_did_not_come_to() -> None:
 def test_a_rank_that_waits_in_another_communicator_is_found_there() -> None:
     dp, tp = {"ranks": (0, 1), "purpose": "dp"}, {"ranks": (0, 1), "purpose": "tp"}
     found = merged(
-        dump(0, [group([call(1), call(2, start=90, took=None)], **tp), group([], **dp)], world_size=2),  # type: ignore[arg-type]
-        dump(1, [group([call(1)], **tp), group([call(1, "all_gather", None, start=95, took=None)], **dp)], world_size=2),  # type: ignore[arg-type]
+        dump(0, [group([call(1), call(2, start=90, took=None)], **tp), group([], **dp)], world_size=2),
+        dump(1, [group([call(1)], **tp), group([call(1, "all_gather", None, start=95, took=None)], **dp)], world_size=2),
     )
     assert [(f.kind, f.ranks, f.group["purpose"], f.seq) for f in found.findings] == [
         ("missing", (1,), "tp", 2),
@@ -133,11 +133,20 @@ def test_calls_that_differ_are_shown_with_their_ranks_at_the_first_number_only(c
     assert f"ranks 0, 1 called #2 all_reduce(sum, float32, 64 bytes); {said}" in finding.text
 
 
-def test_a_mismatch_that_the_backend_found_makes_nobody_missing() -> None:
-    failed = call(2, took=0.1, state="failed", detail="MismatchError: [tp rank 0/2] other sizes")
-    found = merged(*(dump(r, [group([call(1), failed], (0, 1))], world_size=3) for r in (0, 1)))
+def test_calls_that_differ_and_failed_for_it_are_one_finding() -> None:
+    failed = [call(2, nbytes=n, took=0.1, state="failed", detail="MismatchError: other sizes") for n in (4, 8)]
+    found = merged(*(dump(r, [group([call(1), failed[r]], (0, 1))], world_size=2) for r in (0, 1)))
+    assert (one(found).kind, one(found).seq) == ("mismatch", 2)
+
+
+@pytest.mark.parametrize("place", ["record", "fault"])
+def test_a_mismatch_that_the_backend_found_makes_nobody_missing(place: str) -> None:
+    told = "MismatchError: [tp rank 0/2] other sizes"
+    failed = call(2, took=0.1, state="failed", detail=told if place == "record" else "status 7")
+    fault = {"type": "MismatchError", "text": "[tp rank 0/2] other sizes", "missing_ranks": []} if place == "fault" else None
+    found = merged(*(dump(r, [group([call(1), failed], (0, 1, 2), fault=fault)], world_size=3) for r in (0, 1)))
     assert [(f.kind, f.ranks) for f in found.findings] == [("failed", (0, 1)), ("no_dump", (2,))]
-    assert "MismatchError: [tp rank 0/2] other sizes" in found.findings[0].text
+    assert found.findings[0].text.endswith(f" s: {told}")
 
 
 def test_numbers_are_compared_within_one_backend_and_one_life_of_a_communicator() -> None:

@@ -63,6 +63,7 @@ def test_a_dump_is_one_file_named_by_job_rank_and_process(tmp_path: Path) -> Non
     path = plane.dump("on request")
     assert path == tmp_path / f"flight-job-rank1-{os.getpid()}.json"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert json.loads(path.read_text())["communicators"][0]["backends"] == ["keeper"]
     said = parse(path.name, path.read_text())
     assert (said.job, said.rank, said.world_size, said.pid) == ("job", 1, 2, os.getpid())
     assert (said.reason, said.ended, said.versions) == ("on request", (0,), {"commplane": "0"})
@@ -203,7 +204,7 @@ def test_a_fault_is_dumped_and_the_file_named_in_the_log_and_in_a_note(tmp_path:
     assert said.reason == "'tp' over [0, 1] on cpu failed: PeerError: lost"
     assert (said.groups[0].state, said.groups[0].fault) == ("failed", "PeerError: lost")
     assert [r.message for r in caplog.records] == [f"{said.reason}; flight records in {path}"]
-    assert error.__notes__ == [f"flight records: {path} (of all ranks: commplane trace {tmp_path} --job job)"]
+    assert vars(error)["__notes__"] == [f"flight records: {path} (of all ranks: commplane trace {tmp_path} --job job)"]
     assert str(error) == "lost"
 
 

@@ -139,7 +139,7 @@ def test_neither_tensors_nor_exceptions_are_kept_alive() -> None:
 
     x, y = Tensor(), Tensor()
     ring.wrap_one(same, LABEL)(x)
-    gone = [weakref.ref(x), weakref.ref(y)]
+    gone: list[weakref.ref[Any]] = [weakref.ref(x), weakref.ref(y)]
     try:
         ring.wrap(fail, LABEL)(y)
     except Lost as error:

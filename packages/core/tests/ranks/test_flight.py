@@ -53,7 +53,7 @@ def killed(store: Any, rank: int, world_size: int, folder: str) -> dict[str, Any
     tp.barrier()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    said = {}
+    said: dict[str, Any] = {}
     try:
         tp.all_reduce_(x, "max")
     except errors.PeerError as error:

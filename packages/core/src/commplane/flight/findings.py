@@ -87,7 +87,7 @@ class Detective:
             out.append(
                 Finding("mismatch", f"{lane.name}: ranks made different calls: {said}", ranks, _group(lane), lane.backend, seq)
             )
-        stops = sorted({p.pending.seq for p in lane.known if p.pending is not None})
+        stops = sorted({p.pending.seq for p in lane.known if p.pending is not None} - {f.seq for f in out})
         out += [f for seq in stops if (f := self._stop(lane, seq)) is not None]
         for p in lane.places.values():
             if p.dump is not None and not p.known:
@@ -116,8 +116,10 @@ class Detective:
         details = list(dict.fromkeys(p.pending.detail for p in failed if p.pending is not None and p.pending.detail))
         verb = "failed in" if failed else "have been in" if len(inside) > 1 else "has been in"
         span = f"{'after' if failed else 'for'} {'up to ' if len(inside) > 1 else ''}{longest:.3g} s"
-        mismatch = any(d.startswith("MismatchError") for d in details)
-        missing = [] if mismatch else self._missing(lane, seq, inside)
+        # What the communicator raised says more than what its backend wrote down, where it came to that.
+        faults = [p.group.fault for p in failed if p.group is not None and p.group.fault]
+        details = list(dict.fromkeys(faults)) or details
+        missing = [] if any(d.startswith("MismatchError") for d in details) else self._missing(lane, seq, inside)
         if missing:
             why = "; ".join(f"rank {r} {self._where(lane, lane.places[r], seq)}" for r in missing)
             text = f"{lane.name}: {named(missing)} did not come to {call}; {who} {verb} it {span}; {why}"

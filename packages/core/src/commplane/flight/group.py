@@ -50,6 +50,7 @@ class GroupFlight:
         self._rank = rank
         self._plan = plan
         self._backends = dict(backends)
+        self._names = list(backends)
         self._length = length
         self._dump = dump
         self._done = done
@@ -113,6 +114,7 @@ class GroupFlight:
             "instance": self._instance,
             "rank": self._rank,
             "plan": self._plan,
+            "backends": self._names,
             "state": state or ("failed" if self.faulted else "open"),
             "fault": self._fault,
             "records": records,

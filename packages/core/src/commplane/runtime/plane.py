@@ -22,7 +22,7 @@ from commplane.agree import (
     exchange_facts,
     setback,
 )
-from commplane.api import BackendSpec, GroupKey, RankFacts, SyncSpec
+from commplane.api import BackendSpec, GroupKey, SyncSpec
 from commplane.config import Config
 from commplane.errors import (
     AgreementError,
@@ -31,16 +31,17 @@ from commplane.errors import (
     ConfigError,
     MismatchError,
 )
-from commplane.flight import FlightRecorder, Folder, new_job, signals
+from commplane.flight import signals
 from commplane.notice import notice
-from commplane.plugins import PluginHost, core_version
+from commplane.plugins import PluginHost
 from commplane.runtime.capture import capture_all
 from commplane.runtime.communicator import Communicator
 from commplane.runtime.formation import Formation
 from commplane.runtime.rendezvous import World, find_world
+from commplane.runtime.startup import compare, recorder
 from commplane.runtime.sync import SyncRound
 from commplane.runtime.traced import teach
-from commplane.select import LAST_RESORT, difference
+from commplane.select import LAST_RESORT
 
 __all__ = ["Plane", "init"]
 
@@ -134,20 +135,12 @@ class Plane:
             self._world.fail(setback(error).text)
             raise
         try:
-            job = self._compare()
+            job = compare(self._world, self.plugins, self.config)
         except PeerFailed as failed:
             raise AgreementError(f"{failed}; this rank has no such problem: make the installations equal") from failed
         self.facts = exchange_facts(self._world, self.config.host_alias)
         self._activity.say("is up")
-        self._flight = FlightRecorder(
-            job,
-            self.rank,
-            self.world_size,
-            self.config.flight_records,
-            Folder(self.config.flight_dir),
-            _versions(self.plugins, self.facts[self.rank]),
-            lambda: self.facts.dead(self.facts),
-        )
+        self._flight = recorder(job, self.rank, self.facts, self.plugins, self.config)
         if self.config.flight_records:
             signals.attach(self._flight)
         _planes.add(self)
@@ -166,27 +159,6 @@ class Plane:
     def _dead(self, ranks: Sequence[int]) -> Sequence[int]:
         facts = getattr(self, "facts", None)
         return () if facts is None else facts.dead(ranks)
-
-    def _compare(self) -> str:
-        """Plugin versions and settings must be equal: a rank with another set would decide otherwise. Collective.
-
-        Returns:
-            A name for this plane that is equal on all ranks, and that no other plane has.
-        """
-        mine = {
-            "plugins": {name: f"{dist} {version}" for name, dist, version in self.plugins.fingerprint()},
-            "config": {"world_size": self.world_size, **self.config.shared()},
-            "job": new_job() if self.rank == 0 else None,
-        }
-        everyone = self._world.all_gather(mine, what="comparison of plugins and settings")
-        problems = [
-            text
-            for what, key in (("installed plugins", "plugins"), ("settings", "config"))
-            if (text := difference(what, {r: e[key] for r, e in enumerate(everyone)})) is not None
-        ]
-        if problems:
-            raise AgreementError(f"{'; '.join(problems)}: every rank needs the same wheels and the same settings")
-        return str(everyone[0]["job"])
 
     @property
     def communicators(self) -> tuple[Communicator, ...]:
@@ -400,11 +372,6 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _options(plugins: PluginHost) -> dict[str, Mapping[str, Any]]:
     return {name: r.spec.options for name, r in plugins.backends().items() if isinstance(r.spec, BackendSpec)}
-
-
-def _versions(plugins: PluginHost, facts: RankFacts) -> dict[str, str]:
-    backends = {f"backend {name}": f"{r.dist or r.plugin} {r.version}" for name, r in plugins.backends().items()}
-    return {"commplane": core_version(), "torch": str(facts.torch), "python": facts.python, **backends}
 
 
 def _device(name: str) -> str:
