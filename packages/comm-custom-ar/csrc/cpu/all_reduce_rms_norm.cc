@@ -94,7 +94,7 @@ int symmetric(Comm& comm, const NormCall& norm) {
     const void* from[COMMPLANE_CAR_MAX_WORLD];
     for (uint32_t rank = 0; rank < comm.world; ++rank) from[rank] = peer_input(call, rank, 0);
     Rows(norm).rows(0, norm.rows, from, comm.world);
-    return hop(comm, call.descriptor);
+    return last_hop(comm, call.descriptor);
 }
 
 int after_two_shot(Comm& comm, const NormCall& norm) {

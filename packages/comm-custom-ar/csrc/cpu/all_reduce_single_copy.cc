@@ -44,6 +44,9 @@ int read_peer(const Comm& comm, uint32_t rank, uint64_t address, void* to, uint6
 }
 
 int fail_read(Comm& comm, const Call& call, uint32_t rank, int error) {
+    // A peer that gave up may have returned its memory since, or have ended.
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (any_aborted(comm)) return refuse_aborted(comm, call.descriptor);
     if (error == ESRCH) return fail_peer(comm, call.descriptor, rank);
     return fail_here(comm, call.descriptor, fail_errno(COMMPLANE_CAR_ESYS, error, "cannot read a peer's memory", ""));
 }
@@ -86,7 +89,7 @@ int all_reduce_single_copy(Comm& comm, const Call& call) {
         if (error != 0) return fail_read(comm, call, rank, error);
     }
     comm.next_step = step + 2;
-    return hop(comm, call.descriptor);
+    return last_hop(comm, call.descriptor);
 }
 
 int single_copy_probe(Comm& comm) {

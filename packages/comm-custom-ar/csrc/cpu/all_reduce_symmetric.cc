@@ -28,7 +28,7 @@ int in_place(Comm& comm, const Call& call) {
         find_buffers(comm, call, begin, buffers);
         call.reduce(buffers, comm.world, buffers, comm.world, smaller(total - begin, slice) / call.element_bytes);
     }
-    return hop(comm, call.descriptor);
+    return last_hop(comm, call.descriptor);
 }
 
 // One-shot. Hop 1: all inputs are there. Then every rank reduces everything into its own `out`, which no peer touches. Hop 2:
@@ -39,7 +39,7 @@ int out_of_place(Comm& comm, const Call& call) {
     find_buffers(comm, call, 0, buffers);
     void* to = call.out;
     call.reduce(&to, 1, buffers, comm.world, call.count);
-    return hop(comm, call.descriptor);
+    return last_hop(comm, call.descriptor);
 }
 
 }  // namespace

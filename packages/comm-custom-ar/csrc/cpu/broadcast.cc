@@ -14,7 +14,7 @@ namespace {
 int symmetric(Comm& comm, const Call& call, uint64_t bytes) {
     if (const int status = hop(comm, call.descriptor)) return status;
     if (comm.rank != call.root) memcpy(call.out, peer_input(call, call.root, 0), bytes);
-    return hop(comm, call.descriptor);
+    return last_hop(comm, call.descriptor);
 }
 
 int staged(Comm& comm, const Call& call, uint64_t bytes) {

@@ -139,6 +139,8 @@ inline void publish(Comm& comm, uint64_t step, const Descriptor& descriptor, con
 [[gnu::cold]] bool should_stop(Comm& comm, uint64_t step, const Descriptor& descriptor);
 [[gnu::cold]] int fail_mismatch(Comm& comm, uint64_t step, const Descriptor& descriptor);
 [[gnu::cold]] int greet(Comm& comm);
+// For a call that finds, before it begins or at its end, that some rank has aborted.
+[[gnu::cold]] int refuse_aborted(Comm& comm, const Descriptor& mine);
 
 // True if any rank, this one included, has aborted.
 inline bool any_aborted(const Comm& comm) {
@@ -181,6 +183,16 @@ inline int hop(Comm& comm, const Descriptor& descriptor) {
     const int status = await(comm, step, descriptor);
     comm.next_step = step + 1;
     return status;
+}
+
+// The last hop of a call in which ranks read each other's own memory: all have read. A rank that gives up in it has published
+// already, returns, and may use its memory for something else while a slow peer still reads; that peer must not take what it
+// read for a result. The abort word is stored before the memory is used again, and here it is loaded after it was read.
+inline int last_hop(Comm& comm, const Descriptor& descriptor) {
+    if (const int status = hop(comm, descriptor)) return status;
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (any_aborted(comm)) [[unlikely]] return refuse_aborted(comm, descriptor);
+    return COMMPLANE_CAR_OK;
 }
 
 }  // namespace commplane_car

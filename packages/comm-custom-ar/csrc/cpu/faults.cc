@@ -120,6 +120,7 @@ void tell_peers(Comm& comm, uint64_t culprits) {
     uint64_t none = 0;  // the first reason stays: peers may be reading it
     if (hello.culprits.compare_exchange_strong(none, culprits, std::memory_order_relaxed)) {
         hello.aborted.store(1, std::memory_order_release);
+        std::atomic_thread_fence(std::memory_order_seq_cst);  // before this rank's memory is used for anything else: last_hop()
     }
 }
 

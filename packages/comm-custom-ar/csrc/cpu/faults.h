@@ -8,9 +8,6 @@
 
 namespace commplane_car {
 
-// For a call that finds, before it begins, that some rank has aborted.
-[[gnu::cold]] int refuse_aborted(Comm& comm, const Descriptor& mine);
-
 // For a system call that said that the process of `rank` is gone.
 [[gnu::cold]] int fail_peer(Comm& comm, const Descriptor& mine, uint32_t rank);
 

@@ -16,7 +16,7 @@ int symmetric(Comm& comm, const Call& call, uint64_t bytes) {
     for (uint32_t rank = 0; rank < comm.world; ++rank) from[rank] = peer_input(call, rank, comm.rank * bytes);
     void* to = call.out;
     call.reduce(&to, 1, from, comm.world, call.count);
-    return hop(comm, call.descriptor);
+    return last_hop(comm, call.descriptor);
 }
 
 // A slot holds a piece of every slice, piece s at s * piece; the own one is read where it is.
