@@ -36,7 +36,10 @@ def test_explain_answers_for_one_call(commplane: Any) -> None:
     out = commplane("explain", "all_reduce", "--bytes", "8192", "--dtype", "bf16")
     assert out.returncode == 0 and "all_reduce(sum, bfloat16, 8192 bytes)" in out.stdout and ": custom_ar" in out.stdout
     answer = json.loads(commplane("explain", "all_gather", "--dtype", "int64", "--json").stdout)
-    assert answer["chosen"] == "torch" and answer["others"] == {"custom_ar": "does not declare all_gather"}
+    assert answer["chosen"] == "custom_ar" and answer["others"] == {"torch": "custom_ar comes before it"}
+    composed = commplane("explain", "all_reduce_rms_norm", "--json", env={"COMMPLANE_BACKENDS": "torch"})
+    answer = json.loads(composed.stdout)
+    assert answer["chosen"].startswith("composed of") and answer["others"]["torch"] == "does not declare all_reduce_rms_norm"
     nothing = commplane("explain", "all_reduce", "--dtype", "int16")
     assert nothing.returncode == 3 and "nothing in the plan serves this" in nothing.stdout
 
