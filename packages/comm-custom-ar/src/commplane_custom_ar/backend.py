@@ -9,11 +9,21 @@ from typing import Any, ClassVar
 
 import torch
 
-from commplane.api import Bootstrap, BuildContext, Collective, CommBackend, FlightRecord, ReduceOp, Requirement, Workspace
+from commplane.api import (
+    Bootstrap,
+    BuildContext,
+    Collective,
+    CommBackend,
+    FlightRecord,
+    ReduceOp,
+    Requirement,
+    Workspace,
+    add_rms_norm,
+)
 from commplane.errors import CommunicatorError, ConfigError
 from commplane_custom_ar import _native, flight
 from commplane_custom_ar._native import NativeError
-from commplane_custom_ar.calls import Target
+from commplane_custom_ar.calls import Norm, Target
 from commplane_custom_ar.codes import DTYPES, OPS
 from commplane_custom_ar.faults import explain
 from commplane_custom_ar.staging import Staging, StagingWorkspace, build
@@ -169,12 +179,23 @@ class CustomAllReduce(CommBackend):
             return target.all_gather(code)
         if collective is Collective.BROADCAST:
             return target.broadcast(code)
+        if collective is Collective.ALL_REDUCE_RMS_NORM and dtype == torch.float64:  # not in the library
+            return self._composed_norm(target, code, in_place=in_place)
         if collective is Collective.ALL_REDUCE_RMS_NORM:
-            return target.all_reduce_rms_norm(code) if dtype != torch.float64 else target.all_reduce_then_rms_norm(code)
+            return target.all_reduce_rms_norm_(code) if in_place else target.all_reduce_rms_norm(code)
         op_code = OPS[str(op)]
         if collective is Collective.REDUCE_SCATTER:
             return target.reduce_scatter(code, op_code)
         return target.all_reduce_(code, op_code) if in_place else target.all_reduce(code, op_code)
+
+    def _composed_norm(self, target: Target, code: int, *, in_place: bool) -> Norm:
+        """From an all-reduce and torch."""
+        if in_place:
+            return super().bind(Collective.ALL_REDUCE_RMS_NORM, None, torch.float64, in_place=True)
+        all_reduce = target.all_reduce(code, OPS["sum"])
+        return lambda tensor, residual, weight, eps, weight_bias: add_rms_norm(
+            all_reduce(tensor), residual, weight, eps, weight_bias
+        )
 
 
 def _single_copy_range(context: BuildContext) -> tuple[int, int]:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commplane.api import add_rms_norm, refuse_overlap
+from commplane.api import refuse_overlap
 from commplane.errors import CommunicatorError, UnsupportedOperation
 from commplane_custom_ar._library import Native
-from commplane_custom_ar.codes import OPS
 
-__all__ = ["Target"]
+__all__ = ["Norm", "Target"]
+
+Norm = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+"""(tensor, residual, weight, eps, weight_bias) -> the norm and the new residual."""
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -132,17 +134,45 @@ class Target:
 
         return broadcast
 
-    def all_reduce_rms_norm(self, dtype: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    def all_reduce_rms_norm(self, dtype: int) -> Norm:
         """The norm and the new residual, as new tensors."""
-        native, handle, fail, empty_like = self.native.all_reduce_rms_norm, self.handle, self.fail, torch.empty_like
+        fused, empty_like = self._fused_norm(dtype), torch.empty_like
 
         def all_reduce_rms_norm(
             tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
         ) -> tuple[Tensor, Tensor]:
             tensor = tensor if _plain(tensor) else self.dense(tensor)
             residual = residual if _plain(residual) else self.dense(residual)
+            return fused(tensor, residual, weight, empty_like(tensor), empty_like(tensor), eps, weight_bias)
+
+        return all_reduce_rms_norm
+
+    def all_reduce_rms_norm_(self, dtype: int) -> Norm:
+        """The norm into the tensor, the new residual into the residual."""
+        fused = self._fused_norm(dtype)
+
+        def all_reduce_rms_norm_(
+            tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
+        ) -> tuple[Tensor, Tensor]:
+            to = tensor if _plain(tensor) else self.dense(tensor)
+            total = residual if _plain(residual) else self.dense(residual)
+            fused(to, total, weight, to, total, eps, weight_bias)
+            if to is not tensor:
+                tensor.detach().copy_(to)
+            if total is not residual:
+                residual.detach().copy_(total)
+            return tensor, residual
+
+        return all_reduce_rms_norm_
+
+    def _fused_norm(self, dtype: int) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The native call for tensors that it can read, into tensors that it can write."""
+        native, handle, fail = self.native.all_reduce_rms_norm, self.handle, self.fail
+
+        def fused(
+            tensor: Tensor, residual: Tensor, weight: Tensor, norm: Tensor, total: Tensor, eps: float, weight_bias: float
+        ) -> tuple[Tensor, Tensor]:
             weight = weight if _plain(weight) else self.dense(weight)
-            norm, total = empty_like(tensor), empty_like(tensor)
             hidden = tensor.shape[-1]
             status = native(
                 handle,
@@ -161,18 +191,7 @@ class Target:
                 raise fail(status)
             return norm, total
 
-        return all_reduce_rms_norm
-
-    def all_reduce_then_rms_norm(self, dtype: int) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The same for a dtype that the library does not normalise: composed."""
-        all_reduce = self.all_reduce(dtype, OPS["sum"])
-
-        def all_reduce_rms_norm(
-            tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
-        ) -> tuple[Tensor, Tensor]:
-            return add_rms_norm(all_reduce(tensor), residual, weight, eps, weight_bias)
-
-        return all_reduce_rms_norm
+        return fused
 
     def barrier(self) -> Callable[[], Any]:
         """Return when all ranks have come here."""

@@ -28,7 +28,9 @@ def explain(context: BuildContext, comm: Comm, status: int) -> CommunicatorError
         shown = "; ".join(f"rank {ranks[r]} called {text}" for r, text in sorted(detail.mismatched.items()))
         return MismatchError(f"{who} {at}: ranks called with different arguments: {shown}")
     first = f" (rank {_names(gone)} gave up first)" if name == "EABORTED" else ""
-    dead = [r for r in missing if r in context.facts.dead(missing) or r in [ranks[d] for d in detail.dead]]
+    # A process that is on its way out counts, though /proc does not say so yet: EPEERDEAD is certain of whom it misses.
+    ended = {*context.facts.dead(missing), *(ranks[r] for r in (detail.missing if name == "EPEERDEAD" else detail.dead))}
+    dead = [r for r in missing if r in ended]
     if name in ("EPEERDEAD", "ETIMEDOUT", "EABORTED") and dead:
         return PeerError(
             f"{who} {at}: the process of rank {_names(dead)} has ended{first}: close and start over without it", dead

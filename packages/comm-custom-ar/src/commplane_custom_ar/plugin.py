@@ -13,7 +13,7 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="custom_ar",
-            api=(1, 0),
+            api=(1, 1),
             factory="commplane_custom_ar.backend:CustomAllReduce",
             probe="commplane_custom_ar.probe:probe",
             capabilities={

@@ -187,7 +187,8 @@ class CommBackend(ABC):
         """The callable that the dispatch table holds for one (collective, op, dtype). Local.
 
         It takes what the method takes, but for `op`: the tensor, then ``src`` for broadcast, or residual, weight, eps and
-        weight_bias, all by position. Override to hand out something leaner than a method. Bound anew after each
+        weight_bias, all by position. `in_place` is for all-reduce and all_reduce_rms_norm, whose results then go into the tensor
+        and the residual. Override to hand out something leaner than a method. Bound anew after each
         `init_workspace`, so it may hold on to what was built.
         """
         if collective is Collective.ALL_REDUCE:
@@ -195,6 +196,13 @@ class CommBackend(ABC):
             return lambda tensor: method(tensor, op)  # type: ignore[arg-type]
         if collective is Collective.REDUCE_SCATTER:
             return lambda tensor: self.reduce_scatter(tensor, op)  # type: ignore[arg-type]
+        if collective is Collective.ALL_REDUCE_RMS_NORM and in_place:
+
+            def all_reduce_rms_norm_(tensor: torch.Tensor, residual: torch.Tensor, *rest: Any) -> Any:
+                norm, total = self.all_reduce_rms_norm(tensor, residual, *rest)
+                return tensor.detach().copy_(norm), residual.detach().copy_(total)
+
+            return all_reduce_rms_norm_
         return getattr(self, collective.value)  # type: ignore[no-any-return]
 
     def _unsupported(self, capability: Capability) -> UnsupportedOperation:

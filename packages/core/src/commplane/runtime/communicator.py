@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from commplane.agree import StoreBootstrap, close_backend
 from commplane.agree.build import abort_backend
-from commplane.api import Capability, CommBackend, GroupKey
+from commplane.api import Capability, CommBackend, GroupKey, refuse_overlap
 from commplane.errors import CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
 from commplane.flight import GroupFlight
 from commplane.handles import register
@@ -200,6 +200,31 @@ class Communicator:
             return call(tensor, residual, weight, eps, weight_bias)  # type: ignore[no-any-return]
         except Exception as error:
             raise self._failed(error, tensor) from error.__cause__
+
+    def all_reduce_rms_norm_(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        weight_bias: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`all_reduce_rms_norm` in place: `tensor` becomes the norm and `residual` the new residual; returns both.
+
+        Nothing is allocated: above some hundred KiB that costs more than the operation, where the allocator gives memory back.
+        """
+        if not fits(tensor, residual, weight, eps, weight_bias):
+            found = misfit(tensor, residual, weight, eps, weight_bias)
+            raise UnsupportedOperation(f"{self.who} all_reduce_rms_norm_ {found}")
+        if not (tensor.is_contiguous() and residual.is_contiguous()):
+            refuse_overlap(tensor, self.who)
+            refuse_overlap(residual, self.who)
+        call = self._table["all_reduce_rms_norm_", None, tensor.dtype]
+        try:
+            call(tensor, residual, weight, eps, weight_bias)
+        except Exception as error:
+            raise self._failed(error, tensor) from error.__cause__
+        return tensor, residual
 
     def _at_least_one_dimension(self, what: str, tensor: torch.Tensor) -> None:
         if tensor.dim() == 0:

@@ -16,8 +16,8 @@ __all__ = ["Call", "DeadTable", "DispatchTable", "RecordingTable"]
 Call = Callable[..., Any]
 Key = tuple[str, Any, Any]
 
-IN_PLACE = "all_reduce_"
-"""Name of the in-place all-reduce in the table; the other entries are named like their collective."""
+IN_PLACE = {"all_reduce_": Collective.ALL_REDUCE, "all_reduce_rms_norm_": Collective.ALL_REDUCE_RMS_NORM}
+"""Names of the in-place calls in the table; the other entries are named like their collective."""
 
 
 def _by_size(routes: list[Route], calls: list[Call], refuse: Callable[[int | None], CommplaneError]) -> Call:
@@ -57,6 +57,18 @@ def _compose_norm(all_reduce: Call) -> Call:
     return all_reduce_rms_norm
 
 
+def _compose_norm_in_place(all_reduce_: Call) -> Call:
+    """The same into `tensor` and `residual`, from an in-place all-reduce."""
+
+    def all_reduce_rms_norm_(tensor: Any, residual: Any, weight: Any, eps: float, weight_bias: float) -> Any:
+        norm, total = add_rms_norm(all_reduce_(tensor), residual, weight, eps, weight_bias)
+        residual.detach().copy_(total)
+        tensor.detach().copy_(norm)
+        return tensor, residual
+
+    return all_reduce_rms_norm_
+
+
 class DispatchTable(dict[Key, Call]):
     """(call, op, torch dtype) -> callable, filled from the plan when a key is first met."""
 
@@ -68,7 +80,7 @@ class DispatchTable(dict[Key, Call]):
 
     def __missing__(self, key: Key) -> Call:
         name, op, dtype = key
-        collective = Collective.ALL_REDUCE if name == IN_PLACE else Collective(name)
+        collective, in_place = IN_PLACE.get(name) or Collective(name), name in IN_PLACE
         dtype_name = str(dtype).removeprefix("torch.")
 
         def refuse(nbytes: int | None = None) -> CommplaneError:
@@ -78,10 +90,11 @@ class DispatchTable(dict[Key, Call]):
             raise refuse()
         reduction = None if op is None else ReduceOp(op)
         routes = self._plan.find(collective, reduction, dtype_name)
-        served = [(r, self._bind(r, dtype, in_place=name == IN_PLACE)) for r in routes]
+        served = [(r, self._bind(r, dtype, in_place=in_place)) for r in routes]
         if collective is Collective.ALL_REDUCE_RMS_NORM:
             composed = self._plan.composed(dtype_name)
-            served.extend((r, _compose_norm(self._bind(r, dtype, in_place=False))) for r in composed)
+            compose = _compose_norm_in_place if in_place else _compose_norm
+            served.extend((r, compose(self._bind(r, dtype, in_place=in_place))) for r in composed)
             served.sort(key=lambda pair: pair[0].low)
         if not served:
             raise refuse()
@@ -96,7 +109,7 @@ def _beside_the_tensor(name: str, args: tuple[Any, ...]) -> str:
     """What has to be equal on all ranks beside the size of the tensor."""
     if name == Collective.BROADCAST:
         return f" src={args[1]}"
-    if name == Collective.ALL_REDUCE_RMS_NORM:
+    if name.rstrip("_") == Collective.ALL_REDUCE_RMS_NORM:
         _, _, weight, eps, weight_bias = args
         return f" hidden={weight.shape[0]} eps={float(eps)} weight_bias={float(weight_bias)}"
     return ""
