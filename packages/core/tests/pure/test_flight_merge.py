@@ -58,7 +58,8 @@ def test_a_killed_rank_is_named_with_the_call_that_it_did_not_come_to() -> None:
 
 
 def test_a_rank_that_waits_in_another_communicator_is_found_there() -> None:
-    dp, tp = {"ranks": (0, 1), "purpose": "dp"}, {"ranks": (0, 1), "purpose": "tp"}
+    dp: dict[str, Any] = {"ranks": (0, 1), "purpose": "dp"}
+    tp: dict[str, Any] = {"ranks": (0, 1), "purpose": "tp"}
     found = merged(
         dump(0, [group([call(1), call(2, start=90, took=None)], **tp), group([], **dp)], world_size=2),
         dump(1, [group([call(1)], **tp), group([call(1, "all_gather", None, start=95, took=None)], **dp)], world_size=2),
