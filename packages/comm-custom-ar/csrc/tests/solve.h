@@ -51,6 +51,7 @@ class Arena {
     void expect(const unsigned char* at, const Bytes& data) {
         if (!data.empty()) memcpy(picture_.data() + (at - base_), data.data(), data.size());
     }
+    void scribble() { memset(base_, 0xee, used_); }
     // Where the first byte that is wrong lies; used() if none is.
     uint64_t first_wrong() const {
         if (used_ == 0 || memcmp(base_, picture_.data(), used_) == 0) return used_;
@@ -78,8 +79,12 @@ class Solver {
 
     // One call, checked. False, and a line that says what went wrong, if anything did.
     bool solve(const Problem& p, const Way& way) {
-        const int status = make_call(p, way);
-        if (status != 0) return wrong(p, way, commplane_car_last_error());
+        if (make_call(p, way) != 0) return wrong(p, way, commplane_car_last_error());
+        return check(p, way);
+    }
+
+    // The result of make_call.
+    bool check(const Problem& p, const Way& way) {
         for (const Arena* arena : {&ordinary_, &region_}) {
             const uint64_t at = arena->first_wrong();
             if (at == arena->used()) continue;
@@ -92,7 +97,7 @@ class Solver {
         return true;
     }
 
-    // The same without looking at the result.
+    // The same without looking at the result. Returns the call's status.
     int make_call(const Problem& p, const Way& way) {
         if (p.kind == kBarrier) {
             ordinary_.reset();
@@ -110,6 +115,12 @@ class Solver {
                 return commplane_car_all_reduce_rms_norm(comm, in_, residual_, weight_, out_, residual_out_, p.rows, p.hidden, p.dtype,
                                                          p.eps, p.weight_bias);
         }
+    }
+
+    // Uses the memory of the last call for something else.
+    void scribble() {
+        ordinary_.scribble();
+        region_.scribble();
     }
 
   private:
