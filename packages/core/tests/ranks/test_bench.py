@@ -15,7 +15,7 @@ from commplane import errors
 from commplane.api import Collective, ReduceOp
 from commplane.bench import NULL, Row, Step, Subject, describe, form, form_null, measure, measure_overhead, pinnings, steps
 from commplane.bench.overhead import CALLS
-from commplane.bench.pair import fastest_pair, pairs
+from commplane.bench.pair import fastest, fused, pairs
 from commplane.bench.timing import Runner, take_turn
 from commplane.runtime import Plane
 from commplane.testing import run_processes, run_threads
@@ -109,18 +109,20 @@ def test_every_way_to_write_the_pair_gives_what_the_communicator_gives() -> None
         parts = [torch.randn(shape) for _ in range(2)]
         residual, weight = torch.randn(shape), torch.randn(8)
         norm, total = comm.all_reduce_rms_norm(parts[comm.rank].clone(), residual.clone(), weight)
-        for name in pairs(comm, parts[0], residual, weight):
-            made = pairs(comm, parts[comm.rank].clone(), residual.clone(), weight)[name]()
-            torch.testing.assert_close(made[0], norm, msg=name)
-            torch.testing.assert_close(made[1], total, msg=name)
+        for ways in (pairs, fused):
+            for name in ways(comm, parts[0], residual, weight):
+                made = ways(comm, parts[comm.rank].clone(), residual.clone(), weight)[name]()
+                torch.testing.assert_close(made[0], norm, msg=name)
+                torch.testing.assert_close(made[1], total, msg=name)
 
     run(2, rank_main)
 
 
-def test_all_ranks_take_the_same_pair() -> None:
+@pytest.mark.parametrize("ways", [pairs, fused])
+def test_all_ranks_take_the_same_way(ways: Callable[..., Any]) -> None:
     def rank_main(plane: Plane) -> str:
         comm = plane.communicator("tp")
-        name, call = fastest_pair(plane, comm, torch.zeros(2, 8), torch.zeros(2, 8), torch.ones(8))
+        name, call = fastest(plane, comm, ways(comm, torch.zeros(2, 8), torch.zeros(2, 8), torch.ones(8)))
         norm, total = call()
         assert not norm.any() and not total.any()
         return name

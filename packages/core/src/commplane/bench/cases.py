@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from commplane.api import Capability, Collective
-from commplane.bench.pair import fastest_pair
+from commplane.bench.pair import fastest, fused, pairs
 from commplane.errors import CommplaneWarning, ConfigError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Case:
         communicator: with this backend before all others.
         call: makes the collective, `times` times.
         times: collectives in one call.
-        detail: what a pair is made of.
+        detail: of a fused call or a pair, which of the ways to write it.
     """
 
     backend: str
@@ -191,8 +191,9 @@ def _rms_norm(
     weight = torch.ones(tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
     cases = []
     if Collective.ALL_REDUCE_RMS_NORM in served:
-        cases.append(Case(backend, f"fused{suffix}", comm, partial(comm.all_reduce_rms_norm, tensor, residual, weight)))
+        detail, call = fastest(plane, comm, fused(comm, tensor, residual, weight))
+        cases.append(Case(backend, f"fused{suffix}", comm, call, detail=detail))
     if Collective.ALL_REDUCE in served:
-        detail, pair = fastest_pair(plane, comm, tensor, residual, weight)
-        cases.append(Case(backend, f"pair{suffix}", comm, pair, detail=detail))
+        detail, call = fastest(plane, comm, pairs(comm, tensor, residual, weight))
+        cases.append(Case(backend, f"pair{suffix}", comm, call, detail=detail))
     return cases

@@ -48,7 +48,7 @@ class Row:
         vs_torch: median of `torch`, the better of pinned and not, divided by this one's, both of this run.
         vs_pair: of a fused row, the median of the same backend's unfused pair on the same kind of tensor, the better of pinned
             and not, divided by this one's.
-        detail: what a pair is made of.
+        detail: of a fused call or a pair, which of the ways to write it was the fastest.
     """
 
     collective: str

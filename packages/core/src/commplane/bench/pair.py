@@ -1,6 +1,6 @@
-"""What a fused all-reduce + RMSNorm replaces: the all-reduce, and then torch's own operations.
+"""A fused all-reduce + RMSNorm, and what it replaces: the all-reduce, and then torch's own operations.
 
-There are several ways to write that. The fastest one here is taken, so that a fused collective is compared with what a careful
+There are several ways to write either. The fastest one here is taken, so that a fused collective is compared with what a careful
 user would have written, not with the slowest that can be found.
 """
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     from commplane.runtime import Communicator, Plane
 
-__all__ = ["fastest_pair", "pairs"]
+__all__ = ["fastest", "fused", "pairs"]
 
-Pair = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]
+Way = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]
 
 _EPS = 1e-6
 
 
-def pairs(comm: Communicator, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> dict[str, Pair]:
+def pairs(comm: Communicator, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> dict[str, Way]:
     """The ways to write it, by name. A call is collective and gives the norm and the new residual."""
     import torch
 
@@ -44,14 +44,19 @@ def pairs(comm: Communicator, tensor: torch.Tensor, residual: torch.Tensor, weig
     }
 
 
-def fastest_pair(
-    plane: Plane, comm: Communicator, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
-) -> tuple[str, Pair]:
+def fused(comm: Communicator, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> dict[str, Way]:
+    """The ways to call it, by name."""
+    return {
+        "new tensors": lambda: comm.all_reduce_rms_norm(tensor, residual, weight, _EPS),
+        "in place": lambda: comm.all_reduce_rms_norm_(tensor, residual, weight, _EPS),
+    }
+
+
+def fastest(plane: Plane, comm: Communicator, ways: dict[str, Way]) -> tuple[str, Way]:
     """The way that took the least time in a turn each, summed over the ranks. Collective over all ranks."""
-    ways = pairs(comm, tensor, residual, weight)
     runners = [Runner(comm, way) for way in ways.values()]
     calls = agree_on_calls(plane, runners)
     times = [statistics.median(take_turn(runner, n)) for runner, n in zip(runners, calls, strict=True)]
-    everyone = plane.gather(times, what="bench of unfused pairs")
+    everyone = plane.gather(times, what="bench of the ways to norm")
     name = min(zip(ways, map(sum, zip(*everyone, strict=True)), strict=True), key=lambda item: item[1])[0]
     return name, ways[name]
