@@ -87,13 +87,13 @@ class Target:
 
     def all_gather(self, dtype: int) -> Callable[[Tensor], Tensor]:
         """Concatenated along dimension 0."""
-        native, handle, fail, n, empty = self.native.all_gather, self.handle, self.fail, self.world_size, torch.empty
+        native, handle, fail, n = self.native.all_gather, self.handle, self.fail, self.world_size
 
         def all_gather(tensor: Tensor) -> Tensor:
             if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
                 tensor = self.dense(tensor)
-            first, *rest = tensor.shape
-            out = empty((n * first, *rest), dtype=tensor.dtype)
+            shape = tensor.shape
+            out = tensor.new_empty((n * shape[0], *shape[1:]))
             status = native(handle, tensor.data_ptr(), out.data_ptr(), tensor.numel(), dtype)
             if status:
                 raise fail(status)
@@ -103,13 +103,13 @@ class Target:
 
     def reduce_scatter(self, dtype: int, op: int) -> Callable[[Tensor], Tensor]:
         """Cut along dimension 0, which the world size divides."""
-        native, handle, fail, n, empty = self.native.reduce_scatter, self.handle, self.fail, self.world_size, torch.empty
+        native, handle, fail, n = self.native.reduce_scatter, self.handle, self.fail, self.world_size
 
         def reduce_scatter(tensor: Tensor) -> Tensor:
             if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
                 tensor = self.dense(tensor)
-            first, *rest = tensor.shape
-            out = empty((first // n, *rest), dtype=tensor.dtype)
+            shape = tensor.shape
+            out = tensor.new_empty((shape[0] // n, *shape[1:]))
             status = native(handle, tensor.data_ptr(), out.data_ptr(), out.numel(), dtype, op)
             if status:
                 raise fail(status)

@@ -42,7 +42,8 @@ def explain(context: BuildContext, comm: Comm, status: int) -> CommunicatorError
             missing,
         )
     if name == "EABORTED" and gone:
-        return PeerError(f"{who} {at}: rank {_names(gone)} gave up", gone)
+        left = [ranks[r] for r in detail.missing if r in detail.aborted] or gone  # who began, where that is known
+        return PeerError(f"{who} {at}: rank {_names(left)} gave up", left)
     return CommunicatorError(f"{who} {at}: native status {name}: {_native.last_error()}")
 
 
