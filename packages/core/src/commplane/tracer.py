@@ -1,7 +1,7 @@
-"""What core tells torch's tracer, Dynamo: what to trace in the place of a function, and which functions are none of its business.
+"""What core tells torch's tracer, Dynamo, of its functions, and how it knows the tensors of a trace.
 
-Both are marks on functions and code objects that only the tracer reads, so an eager call pays nothing: asking
-`torch.compiler.is_compiling()` in each call would cost 60 ns. They are not torch's public interface, which has no mark for a
+The marks on functions and code objects are read by the tracer alone, so an eager call pays nothing: to ask
+`torch.compiler.is_compiling()` in each call would cost it 60 ns. They are not torch's public interface, which has no mark for a
 Python function; all use of them is here. Tested with torch 2.4, 2.11 and 2.13.
 """
 
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["keep_out", "trace_instead"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["keep_out", "trace_instead", "without_data"]
 
 
 def trace_instead(function: Callable[..., Any], traced: Callable[..., Any]) -> None:
@@ -37,3 +40,15 @@ def keep_out(*codes: CodeType) -> None:
             frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
         elif hasattr(frames, "skip_code"):  # before torch 2.7: the function itself, not what it calls
             frames.skip_code(code)
+
+
+def without_data(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` only stands for one while a graph is traced: its address is null, and nothing may read from there."""
+    import torch
+
+    if type(tensor) is torch.Tensor:
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, (FakeTensor, FunctionalTensor))

@@ -11,8 +11,7 @@ from block import SPLIT, TrainingBlock, inputs
 
 import commplane
 from commplane import errors, ops
-from commplane.runtime import Communicator
-from commplane.testing import Outcome, PluginHost, run_processes, run_threads
+from commplane.testing import Outcome, PluginHost, run_processes
 
 N = 2
 
@@ -98,15 +97,14 @@ def test_a_tensor_parallel_block_trains_as_the_whole_one() -> None:
     results(run_processes(N, trains_a_block))
 
 
-def alone(function: Any) -> None:
-    """Call ``function(communicator)`` on one rank."""
-    out = run_threads(1, lambda plane: function(plane.communicator("tp")))
-    if isinstance(out[0], Exception):
-        raise out[0]
+def alone() -> Any:
+    """A plane of one rank."""
+    return commplane.init(store=torch.distributed.HashStore(), rank=0, world_size=1, plugins=PluginHost())
 
 
 def test_what_has_no_gradient_is_refused_for_a_tensor_that_requires_one() -> None:
-    def rank_main(comm: Communicator) -> None:
+    with alone() as plane:
+        comm = plane.communicator("tp")
         x = torch.ones(2, 3, requires_grad=True)
         plain, weight = torch.ones(2, 3), torch.ones(3, requires_grad=True)
         for op in ("min", "max"):
@@ -129,11 +127,10 @@ def test_what_has_no_gradient_is_refused_for_a_tensor_that_requires_one() -> Non
                 call()
         assert torch.equal(ops.all_reduce(plain, comm, "max"), plain)
 
-    alone(rank_main)
-
 
 def test_without_grad_mode_nothing_is_recorded() -> None:
-    def rank_main(comm: Communicator) -> None:
+    with alone() as plane:
+        comm = plane.communicator("tp")
         x = torch.ones(2, 3, requires_grad=True)
         for mode in (torch.no_grad(), torch.inference_mode()):
             with mode:
@@ -141,11 +138,10 @@ def test_without_grad_mode_nothing_is_recorded() -> None:
                     assert not function(x, comm).requires_grad
                 assert ops.copy_to_group(x, comm) is x
 
-    alone(rank_main)
-
 
 def test_autograd_sees_that_a_tensor_it_saved_was_overwritten() -> None:
-    def rank_main(comm: Communicator) -> None:
+    with alone() as plane:
+        comm = plane.communicator("tp")
         for overwrite in (ops.all_reduce_, ops.broadcast_):
             w, saved = torch.ones(3, requires_grad=True), torch.ones(3)
             out = (w * saved).sum()
@@ -153,15 +149,12 @@ def test_autograd_sees_that_a_tensor_it_saved_was_overwritten() -> None:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 out.backward()
 
-    alone(rank_main)
-
 
 def test_inference_tensors_are_taken() -> None:
-    def rank_main(comm: Communicator) -> None:
+    with alone() as plane:
+        comm = plane.communicator("tp")
         with torch.inference_mode():
             x = torch.ones(2, 3)
             ops.all_reduce_(x, comm)
         ops.broadcast_(x, comm)
         assert torch.equal(ops.all_reduce(x, comm), x)
-
-    alone(rank_main)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from commplane.api import BuildContext, CommBackend, ReduceOp, refuse_overlap
 from commplane.errors import MismatchError, PeerError, UnsupportedOperation
+from commplane.tracer import without_data
 
 __all__ = ["TorchDistributed"]
 
@@ -111,6 +112,10 @@ class TorchDistributed(CommBackend):
         if tensor.device.type != self._context.key.device:
             raise UnsupportedOperation(
                 f"{self._context.who} wanted a tensor on {self._context.key.device}, found one on {tensor.device}"
+            )
+        if without_data(tensor):  # Gloo would read from its address, which ends the process
+            raise UnsupportedOperation(
+                f"{self._context.who} wanted a tensor, found the {type(tensor).__name__} of a trace: use commplane.ops"
             )
         if op is ReduceOp.AVG and not tensor.is_floating_point():
             raise UnsupportedOperation(

@@ -20,6 +20,7 @@ from commplane.runtime.joint import JointSteps
 from commplane.runtime.memory import GroupMemory
 from commplane.runtime.norm import fits, misfit
 from commplane.select import Plan
+from commplane.tracer import without_data
 
 if TYPE_CHECKING:
     import torch
@@ -234,6 +235,10 @@ class Communicator:
         """What to raise for `error` of a collective: poisons, unless nothing was sent."""
         if tensor is not None and str(tensor.layout) != "torch.strided":
             return UnsupportedOperation(f"{self.who} wanted a dense tensor, found layout {tensor.layout}: use to_dense()")
+        if tensor is not None and without_data(tensor):
+            return UnsupportedOperation(
+                f"{self.who} wanted a tensor, found the {type(tensor).__name__} of a trace: use commplane.ops"
+            )
         if not isinstance(error, UnsupportedOperation):
             self.poison(error)
         return error
