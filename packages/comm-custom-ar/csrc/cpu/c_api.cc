@@ -116,7 +116,7 @@ inline int collective(commplane_car_comm& comm, commplane_car_call& about, car::
     call.descriptor = car::describe(about);
 
     const uint64_t sequence = comm.sequence.load(std::memory_order_relaxed) + 1, step = comm.next_step;
-    comm.flight.begin(sequence, call.descriptor);
+    if (car::kRecordFlight) comm.flight.begin(sequence, call.descriptor);
     comm.sequence.store(sequence, std::memory_order_release);
     int status;
     if (car::any_aborted(comm)) [[unlikely]] {
@@ -125,7 +125,7 @@ inline int collective(commplane_car_comm& comm, commplane_car_call& about, car::
         const car::DefaultRounding rounding;
         status = run();
     }
-    comm.flight.end(sequence, status, comm.next_step - step);
+    if (car::kRecordFlight) comm.flight.end(sequence, status, comm.next_step - step);
     return status;
 }
 
