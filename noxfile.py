@@ -129,27 +129,36 @@ def demo(session: nox.Session) -> None:
     session.run("python", "examples/embed/demo.py", *session.posargs)
 
 
-@nox.session
-def native(session: nox.Session) -> None:
-    """The C++ tests of custom-ar (threads as ranks); `-- thread` or `-- address,undefined` builds them with a sanitizer."""
-    install(session, "cmake>=3.18", "ninja")
+def native_tests(session: nox.Session, sanitizer: str | None = None) -> None:
+    """Build the C++ tests of custom-ar in a folder of their own and run them."""
     source = BACKENDS["custom_ar"].folder
-    build = str(Path(session.create_tmp()) / "native")
+    # No comma in the name: the linker option that holds it is split at commas.
+    build = str(Path(session.create_tmp()) / f"native-{(sanitizer or 'plain').replace(',', '-')}")
     options = ["-DCOMMPLANE_CAR_TESTS=ON", "-DCOMMPLANE_CAR_WERROR=ON"]
-    if session.posargs:
-        options.append(f"-DCOMMPLANE_CAR_SANITIZE={session.posargs[0]}")
+    env = {}
+    if sanitizer:
+        options.append(f"-DCOMMPLANE_CAR_SANITIZE={sanitizer}")
         # One mapping for all threads, so that a sanitizer sees who shares what.
-        session.env["CAR_TEST_SHARE_MAPPING"] = "1"
+        env["CAR_TEST_SHARE_MAPPING"] = "1"
     shutil.rmtree(build, ignore_errors=True)
     session.run("cmake", "-S", str(source), "-B", build, "-G", "Ninja", *options)
     session.run("cmake", "--build", build)
-    session.run("ctest", "--test-dir", build, "--output-on-failure")
+    session.run("ctest", "--test-dir", build, "--output-on-failure", env=env)
 
 
 @nox.session
-def model(session: nox.Session) -> None:
-    """The long search of custom-ar's memory model: sequences of calls of 3 ranks; the tests have the short one."""
-    session.run("python", str(BACKENDS["custom_ar"].folder / "tests" / "protocol_search.py"))
+def native(session: nox.Session) -> None:
+    """The C++ tests of custom-ar, threads and processes as ranks."""
+    install(session, "cmake>=3.18", "ninja")
+    native_tests(session)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """The C++ tests with ThreadSanitizer, then with AddressSanitizer and UBSan; `-- thread` or `-- address,undefined` for one."""
+    install(session, "cmake>=3.18", "ninja")
+    for sanitizer in session.posargs or ["thread", "address,undefined"]:
+        native_tests(session, sanitizer)
 
 
 @nox.session
