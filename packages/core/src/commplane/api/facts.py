@@ -7,17 +7,35 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-__all__ = ["Facts", "RankFacts", "process_start"]
+__all__ = ["Facts", "RankFacts", "has_ended", "process_start"]
+
+
+def _start(pid: int) -> int | None:
+    try:
+        # The command's name is in parentheses and may hold anything, spaces and parentheses included.
+        text = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if text[0] in "ZX" else int(text[19])
 
 
 def process_start(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot, or None if there is no such process or it is a zombie."""
     try:
-        # The command's name is in parentheses and may hold anything, spaces and parentheses included.
-        text = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return _start(pid)
     except OSError:
         return None
-    return None if text[0] in "ZX" else int(text[19])
+
+
+def has_ended(pid: int, start: int) -> bool:
+    """Whether the process with this id and start time is known to have ended.
+
+    False where that cannot be told, such as in a process that has no file descriptor left.
+    """
+    try:
+        return _start(pid) != start
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class Facts(Mapping[int, RankFacts]):
         """
         mine = (os.getpid(), process_start(os.getpid()))
         own = next((f.pid_namespace for f in self.values() if (f.pid, f.pid_start) == mine), None)
-        return tuple(r for r in ranks if self[r].pid_namespace == own and process_start(self[r].pid) != self[r].pid_start)
+        return tuple(r for r in ranks if self[r].pid_namespace == own and has_ended(self[r].pid, self[r].pid_start))
 
     def oversubscribed(self, ranks: Sequence[int]) -> bool:
         """Whether, on some host, `ranks` have fewer cores in their affinity masks together than there are ranks.

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from commplane.api.facts import process_start
+from commplane.api.facts import has_ended, process_start
 
 __all__ = ["SHM_DIRECTORY", "Owner", "owned_name", "owner", "sweep"]
 
@@ -51,14 +51,16 @@ def owner(name: str) -> Owner | None:
         return None
     namespace, pid, start = map(int, parts[2:5])
     here = namespace == _pid_namespace()
-    return Owner(pid, here, here and process_start(pid) != start)
+    return Owner(pid, here, here and has_ended(pid, start))
 
 
 def sweep() -> None:
     """Remove this user's names whose process has ended. Local."""
-    if not SHM_DIRECTORY.is_dir():
+    try:
+        paths = list(SHM_DIRECTORY.glob(f"{_PREFIX}-*"))
+    except OSError:  # no such directory, or no file descriptor left to read it with: the next start does it
         return
-    for path in SHM_DIRECTORY.glob(f"{_PREFIX}-*"):
+    for path in paths:
         who = owner(path.name)
         if who is None:
             continue
