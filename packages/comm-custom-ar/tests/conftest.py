@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from car_forks import Server
 
 from commplane.testing import shm_leftovers
 
@@ -16,3 +17,11 @@ def shared_memory_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     before = shm_leftovers()
     yield
     assert shm_leftovers() <= before
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Server]:
+    """Where ranks are forked from."""
+    server = Server()
+    yield server
+    server.close()

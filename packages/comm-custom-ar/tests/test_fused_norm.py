@@ -49,13 +49,15 @@ def test_the_residual_is_exact_and_the_norm_right_to_the_last_place(world_size: 
             symmetric = buffer[: mine.numel()].view(mine.shape).copy_(mine)
             ways = {"staged": tp.all_reduce_rms_norm(mine, residual, weight, EPS, bias)}
             ways["symmetric"] = tp.all_reduce_rms_norm(symmetric, residual, weight, eps=EPS, weight_bias=bias)
+            assert same_bits(mine, parts[tp.rank]) and same_bits(symmetric, mine), "an input was changed"
+            ways["in place"] = tp.all_reduce_rms_norm_(mine.clone(), residual.clone(), weight, EPS, bias)
+            ways["in place, symmetric"] = tp.all_reduce_rms_norm_(symmetric, residual.clone(), weight, EPS, bias)
             for way, (norm, new) in ways.items():
                 where = f"{way} {list(mine.shape)} bias {bias}"
                 assert same_bits(new, total), where
                 assert norm.dtype is dtype and norm.shape == mine.shape, where
                 assert ulps(norm, wanted) <= ULPS[dtype], where
-            assert same_bits(ways["staged"][0], ways["symmetric"][0]), f"{list(mine.shape)} bias {bias}"
-            assert same_bits(mine, parts[tp.rank]) and same_bits(symmetric, mine), "an input was changed"
+                assert same_bits(norm, ways["staged"][0]), where
             seen += [*ways["staged"]]
         return digest(seen)
 

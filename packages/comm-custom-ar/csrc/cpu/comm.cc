@@ -131,7 +131,10 @@ int comm_abort(Comm& comm) {
     if (comm.state.load(std::memory_order_acquire) == COMMPLANE_CAR_ECLOSED) {
         return fail(COMMPLANE_CAR_ECLOSED, "the communicator is closed");
     }
-    tell_peers(comm, bit(comm.rank));
+    // Who was told by another rank has nothing to add: it would be taken for one of those that are to blame.
+    const bool told = comm.state.load(std::memory_order_acquire) == COMMPLANE_CAR_EPOISONED &&
+                      comm.detail.status == COMMPLANE_CAR_EABORTED;
+    if (!told) tell_peers(comm, bit(comm.rank));
     return COMMPLANE_CAR_OK;
 }
 

@@ -14,6 +14,7 @@ namespace commplane_car {
 namespace {
 
 constexpr uint64_t kMismatchGraceNs = 200000000;  // how long a known mismatch waits for the rest of the picture
+constexpr int kDyingMs = 200;  // how long a process that is known to end is waited for
 
 std::atomic<int (*)(void)> interrupt_check{nullptr};
 
@@ -164,6 +165,9 @@ int await_slowly(Comm& comm, uint64_t step, const Descriptor& mine) {
 }
 
 int fail_peer(Comm& comm, const Descriptor& mine, uint32_t rank) {
+    // A process gives its memory back before /proc says that it has ended. The other ranks, which look there, are told after that.
+    constexpr timespec kNap = {0, 1000000};
+    for (int i = 0; i < kDyingMs && dead_among(comm, bit(rank)) == 0; ++i) nanosleep(&kNap, nullptr);
     poison(comm, COMMPLANE_CAR_EPEERDEAD, mine, bit(rank), 0, bit(rank));
     return fail_call(comm, COMMPLANE_CAR_EPEERDEAD, "the process of rank", bit(rank), " has ended");
 }

@@ -13,7 +13,7 @@ def map_together(bootstrap: Bootstrap, what: str, nbytes: int, own_offset: int, 
 
     The leader creates it; each rank reserves ``[own_offset, own_offset + own_nbytes)``, so that its pages lie on its own NUMA
     node and a full ``/dev/shm`` is an error here, not a SIGBUS at the first write. The name is removed as soon as all ranks
-    have mapped it. If anything fails, every rank that learns of it removes the name: it may be the only one left.
+    have mapped it, or anything fails, by every rank: it may be the only one left.
 
     Raises:
         OSError: this rank could not create, map or reserve.
@@ -31,8 +31,7 @@ def map_together(bootstrap: Bootstrap, what: str, nbytes: int, own_offset: int, 
         except BaseException:
             segment.close()
             raise
-        if bootstrap.rank == 0:
-            Segment.unlink(name)
+        Segment.unlink(name)  # by every rank: any of them may be killed here
         return segment
     except BaseException:
         if name:
