@@ -76,6 +76,7 @@ class StoreBootstrap:
         self._dead = dead
         self._seq = 0
         self._error: CommplaneError | None = None
+        self._look_at = 0.0  # when `peer_failed` looks for ranks that have ended the next time
 
     @property
     def rank(self) -> int:
@@ -155,14 +156,24 @@ class StoreBootstrap:
             return
 
     def peer_failed(self) -> CommplaneError | None:
-        """Whether some rank has called `fail`, for one that waits outside of a round. Local, does not wait."""
+        """Whether some rank has called `fail` or has ended, for one that waits outside of a round. Local, does not wait."""
         if self.world_size == 1:
             return None
         key = f"{self._prefix}/failed"
         try:
-            return self._as_error(json.loads(self._store.get(key)), "stops") if self._store.check([key]) else None
+            if self._store.check([key]):
+                return self._as_error(json.loads(self._store.get(key)), "stops")
         except PeerError as lost:
             return lost
+        now = time.monotonic()
+        if now < self._look_at:
+            return None
+        self._look_at = now + _LOOK_EVERY_S
+        ended = self._dead([r for i, r in enumerate(self._ranks) if i != self._rank])
+        if not ended:
+            return None
+        names = f"{'rank' if len(ended) == 1 else 'ranks'} {', '.join(map(str, ended))}"
+        return PeerError(f"{self._who} stops: the process of {names} has ended", ended)
 
     def farewell(self, timeout: float) -> None:
         """The last round: the leader leaves last, because its process may host the store. Collective."""
@@ -237,6 +248,10 @@ class StoreBootstrap:
         """Group ranks that have not come to the round at `base`."""
         return [r for r in range(self.world_size) if r != self._rank and not self._store.check([f"{base}/{r}"])]
 
+    def _leader(self) -> list[int]:
+        """Group rank 0 as one that is waited for: its record may be there, and what it has to publish is not."""
+        return [0] if self._rank else []
+
     def _wait(self, keys: Sequence[str], deadline: float, base: str) -> dict[str, Any] | None:
         """Wait for all `keys`. None when they are there, else the outcome to publish for the round at `base`."""
         began = time.monotonic()
@@ -244,7 +259,7 @@ class StoreBootstrap:
         while not self._store.check(keys):
             now = time.monotonic()
             if now >= deadline:
-                return {"missing": self._absent(base)}
+                return {"missing": self._absent(base) or self._leader()}
             if now >= look_at:
                 look_at = now + _LOOK_EVERY_S
                 hopeless = self._look(base)
@@ -258,12 +273,12 @@ class StoreBootstrap:
         if self._store.check([f"{base}/all"]):  # another rank has decided the round
             return {}
         absent = self._absent(base)
-        missing = [self._ranks[r] for r in absent]
-        ended = set(self._dead(missing))
-        gone = [r for r in absent if self._ranks[r] in ended or (self._activity.read(self._ranks[r]) or {}).get("gone")]
+        awaited = sorted({*absent, *self._leader()})
+        ended = set(self._dead([self._ranks[r] for r in awaited]))
+        gone = [r for r in awaited if self._ranks[r] in ended or (self._activity.read(self._ranks[r]) or {}).get("gone")]
         if gone:
             return {"missing": gone, "ended": [self._ranks[r] for r in gone]}
-        reason = self._conflict(missing) if self._conflict is not None else None
+        reason = self._conflict([self._ranks[r] for r in absent]) if self._conflict is not None else None
         return None if reason is None else {"conflict": reason}
 
     def _as_error(self, outcome: dict[str, Any], what: str) -> CommplaneError:
