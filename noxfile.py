@@ -162,6 +162,15 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Kill ranks at random moments, 1,000 of them, and look at what the others do; `-- --kills N --seed S`."""
+    package = BACKENDS["custom_ar"]
+    install_wheels(session, CORE, package)
+    install(session, *group("test"))
+    session.run("python", str(package.folder / "tests" / "soak.py"), *session.posargs)
+
+
+@nox.session
 def dist_check(session: nox.Session) -> None:
     """Wheels and source distributions: metadata, contents, tags, and what the native library exports."""
     install(session, *group("dist"), *group("build"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -115,6 +116,29 @@ def test_other_communicators_of_the_plane_go_on() -> None:
         return other.all_reduce(torch.ones(1)).item()
 
     assert run(2, rank_main) == [2.0, 2.0]
+
+
+def test_a_rank_that_comes_when_the_others_have_given_up_is_told_who_they_are() -> None:
+    """Two ranks do not wait for a third to know that they differ; it finds the communicator given up."""
+    differed = threading.Barrier(3)
+
+    def rank_main(plane: Plane) -> tuple[str, tuple[int, ...]]:
+        tp = plane.communicator("tp", ORDER)
+        if plane.rank == 1:
+            differed.wait(60)
+        try:
+            tp.all_reduce(torch.ones(8 if plane.rank == 2 else 9))
+        except errors.MismatchError as error:
+            differed.wait(60)
+            return str(error), ()
+        except errors.PeerError as error:
+            return str(error), error.missing_ranks
+        return "", ()
+
+    first, late, second = run(3, rank_main)
+    assert "rank 2 called all_reduce(sum, float32, count=8)" in first[0] and "rank 1 called" not in first[0]
+    assert "rank 0 called all_reduce(sum, float32, count=9)" in second[0] and "rank 1 called" not in second[0]
+    assert "gave up" in late[0] and sorted(late[1]) == [0, 2]
 
 
 def test_equal_counts_of_different_shapes_are_no_mismatch() -> None:

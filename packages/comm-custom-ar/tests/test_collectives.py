@@ -114,8 +114,12 @@ def test_nan_infinities_zeros_and_denormals_come_out_by_the_rules(dtype: torch.d
         symmetric = tp.empty(5000, dtype=dtype).copy_(parts[tp.rank])
         for op in ops_of(dtype):
             wanted = reduced(parts, op)
-            assert same_bits(tp.all_reduce(parts[tp.rank], op), wanted), op
-            assert same_bits(tp.all_reduce(symmetric, op), wanted), op
+            for x in (parts[tp.rank], symmetric):
+                assert same_bits(tp.all_reduce(x, op), wanted), op
+                assert same_bits(tp.reduce_scatter(x[:4998], op), wanted[:4998].chunk(3)[tp.rank]), op
+        for x in (parts[tp.rank].clone(), symmetric):  # what is moved and not reduced keeps its bits, those of a NaN too
+            assert same_bits(tp.all_gather(x), torch.cat(parts))
+            assert same_bits(tp.broadcast(x, src=1), parts[1])
 
     run(3, rank_main)
 
