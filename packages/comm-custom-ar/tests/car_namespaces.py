@@ -8,9 +8,10 @@ import subprocess
 import pytest
 
 
-def own_shm(size: str) -> list[str]:
-    """A command prefix: run in a mount namespace whose /dev/shm is private and of `size`."""
-    return ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
+def own_shm(size: str, *, full: bool = False) -> list[str]:
+    """A command prefix: run in a mount namespace whose /dev/shm is private and of `size`, and has no room left if `full`."""
+    fill = "cat /dev/zero >/dev/shm/something 2>/dev/null;" if full else ""
+    return ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && {{ {fill} exec "$@"; }}', "sh"]
 
 
 def _may_unshare() -> bool:

@@ -57,9 +57,14 @@ def tiny_shm(store: Any, rank: int, world_size: int) -> dict[str, Any]:
 
 
 @needs_namespaces
-@pytest.mark.parametrize(("size", "reason"), [("4k", "ENOSPC"), ("100k", "ENOSPC"), ("8m", None)])
-def test_a_small_shared_memory_is_a_joint_refusal_and_never_a_bus_error(size: str, reason: str | None) -> None:
-    server = Server(own_shm(size))
+@pytest.mark.parametrize(
+    ("size", "full", "reason"),
+    [("4k", False, "ENOSPC"), ("100k", False, "ENOSPC"), ("8m", False, None), ("8m", True, "shared memory does not")],
+)
+def test_a_small_or_full_shared_memory_is_a_joint_refusal_and_never_a_bus_error(
+    size: str, full: bool, reason: str | None
+) -> None:
+    server = Server(own_shm(size, full=full))
     try:
         said = results(server.run(2, tiny_shm, timeout=PATIENCE_S))
     finally:

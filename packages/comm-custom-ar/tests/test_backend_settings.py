@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from car_oracle import FLOATS, digest, inputs, ops_of
+from car_oracle import DTYPES, digest, inputs, ops_of
 from car_threads import run
 
 from commplane import errors
@@ -33,17 +33,19 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def everything(plane: Plane) -> tuple[str, tuple[str, ...]]:
-    """Results of all collectives in all floating-point dtypes as one digest, and which backends there are."""
+    """Results of all collectives in all dtypes as one digest, and which backends there are."""
     tp = plane.communicator("tp")
     tp.prepare("all_reduce", dtype=torch.float32, max_bytes=1 << 20)
     seen = []
-    for dtype in FLOATS:
+    for dtype in DTYPES:
         for count in (1, 33, 2001, 30_000):
             parts = inputs(WORLD, (count, WORLD), dtype, seed=count)
             buffer = tp.empty(count, WORLD, dtype=dtype).copy_(parts[tp.rank])
             for x in (parts[tp.rank], buffer):
                 seen += [tp.all_reduce(x, op) for op in ops_of(dtype)]
-                seen += [*tp.all_reduce_rms_norm(x, parts[0], parts[0][0], 1e-6)]
+                if dtype.is_floating_point:
+                    seen += [*tp.all_reduce_rms_norm(x, parts[0], parts[0][0], 1e-6)]
+                    seen += [*tp.all_reduce_rms_norm_(x.clone(), parts[0].clone(), parts[0][0], 1e-6)]
                 seen += [tp.all_gather(x), tp.broadcast(x.clone(), src=1)]
                 seen += [tp.all_gather(tp.reduce_scatter(x[: count // WORLD * WORLD]))]
     return digest(seen), tp.plan.backends
