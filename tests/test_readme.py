@@ -32,6 +32,12 @@ def test_the_example_prints_what_the_page_says(commplane: Any, tmp_path: Path) -
     assert len(block("example.py").splitlines()) <= 22
 
 
+def test_the_parallel_mlp_compiles_and_trains(commplane: Any, tmp_path: Path) -> None:
+    (tmp_path / "parallel_mlp.py").write_text(block("parallel_mlp.py") + "    assert up.grad.abs().sum() > 0\n")
+    out = commplane("run", "--ranks", "2", "parallel_mlp.py")
+    assert out.returncode == 0, out.stderr
+
+
 def test_the_backend_in_40_lines_builds_as_a_wheel_and_runs(commplane: Any, tmp_path: Path) -> None:
     source, site = tmp_path / "star", tmp_path / "site"
     source.mkdir()

@@ -158,7 +158,8 @@ struct Random {
 
 enum class Kind {
     kAny,  // mostly numbers of like size; some of any bits at all: NaN, infinities, denormals, both zeros
-    kTame  // numbers of like size only
+    kTame,  // numbers of like size only
+    kTiny   // the same, and some around the smallest numbers
 };
 
 inline Bytes random_elements(uint64_t seed, size_t count, int dtype, Kind kind = Kind::kAny) {
@@ -174,7 +175,7 @@ inline Bytes random_elements(uint64_t seed, size_t count, int dtype, Kind kind =
         } else if (kind == Kind::kAny && r % 16 == 0) {
             const uint64_t raw = random.next();
             memcpy(p, &raw, width);
-        } else if (kind == Kind::kAny && r % 16 == 1) {  // around the smallest numbers
+        } else if (kind != Kind::kTame && r % 16 == 1) {  // around the smallest numbers
             const uint64_t raw = (random.next() & 0x83ff) << (8 * width - 16);
             memcpy(p, &raw, width);
         } else {

@@ -121,7 +121,7 @@ inline Problem norm_problem(int dtype, uint64_t rows, uint64_t hidden, float eps
     };
     for (uint32_t r = 0; r < world; ++r) p.inputs.push_back(elements(seed + r));
     p.residual = elements(seed + 100);
-    p.weight = random_elements(seed + 101, hidden, dtype, Kind::kTame);
+    p.weight = random_elements(seed + 101, hidden, dtype, Kind::kTiny);
     Normed wanted = rms_norm(p.inputs, p.residual, p.weight, rows, hidden, dtype, eps, weight_bias);
     size_t compared = 0;
     CHECK(worst_norm(wanted, p.weight, rows, hidden, dtype, eps, weight_bias, &compared) <= norm_tolerance(dtype));

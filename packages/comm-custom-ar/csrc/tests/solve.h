@@ -159,10 +159,12 @@ class Solver {
         (p.kind == kBroadcast ? from : to).expect(out_, output);
     }
 
+    // Aborts, so that no other rank waits for one that ends its test here.
     bool wrong(const Problem& p, const Way& way, const char* what) {
         if (++failures < 20) {
             fprintf(stderr, "rank %u isa %s %s %s: %s\n", self_.rank, commplane_car_isa(), p.text().c_str(), way.text().c_str(), what);
         }
+        commplane_car_abort(self_.comm);
         return false;
     }
 

@@ -109,7 +109,7 @@ int main() {
     const char* given = getenv("CAR_TEST_SEED");
     const uint64_t seed = given != nullptr ? strtoull(given, nullptr, 0) : uint64_t{std::random_device{}()};
     const char* wanted = getenv("CAR_TEST_CALLS");
-    uint64_t calls = wanted != nullptr ? strtoull(wanted, nullptr, 0) : 12000;
+    uint64_t calls = wanted != nullptr ? strtoull(wanted, nullptr, 0) : 20000;
     printf("CAR_TEST_SEED=%llu\n", static_cast<unsigned long long>(seed));
     fflush(stdout);  // before anything can go wrong
     Random random{seed};

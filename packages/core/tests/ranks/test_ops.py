@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import commplane
 from commplane import errors, ops
@@ -254,3 +255,18 @@ def test_a_method_refuses_the_tensors_of_a_trace_and_the_communicator_goes_on() 
                 with pytest.raises(errors.UnsupportedOperation, match="found the FakeTensor of a trace"):
                     call(x)
         assert comm.all_reduce(torch.ones(1)).item() == 1.0
+
+
+def test_operators_can_be_traced_by_export_and_make_fx() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ops.all_gather(x * 2, group)
+
+    with alone() as plane, torch.no_grad():
+        group = plane.communicator("ops").handle
+        x = torch.ones(2, 3)
+        exported = torch.export.export(Module(), (x,), strict=False).module()
+        traced = make_fx(Module(), tracing_mode="symbolic")(x)
+        for function in (exported, traced):
+            assert torch.ops.commplane.all_gather.default in [n.target for n in function.graph.nodes]
+            assert torch.equal(function(x), x * 2)

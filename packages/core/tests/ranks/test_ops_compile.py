@@ -44,15 +44,23 @@ class Recorder:
         return graph.forward
 
 
+def kind(compiler: str) -> tuple[torch.dtype, dict[str, float]]:
+    """In which dtype a block is compiled, and how near its results are."""
+    return (
+        (torch.float32, {"rtol": 1e-3, "atol": 1e-4}) if compiler == "inductor" else (torch.float64, {"rtol": 1e-7, "atol": 1e-9})
+    )
+
+
 def infers(store: Any, rank: int, world_size: int, compiler: str) -> None:
     with plane_of(store, rank, world_size) as plane, torch.no_grad():
-        whole, split = InferenceBlock(), InferenceBlock(plane.communicator("tp"))
+        dtype, near = kind(compiler)
+        whole, split = InferenceBlock().to(dtype), InferenceBlock(plane.communicator("tp")).to(dtype)
         compiled = torch.compile(split, fullgraph=True, backend=compiler)
         for batch in (2, 3):
-            x = inputs(batch)
+            x = inputs(batch).to(dtype)
             before = x.clone()
-            assert torch.allclose(split(x), whole(x))
-            assert torch.allclose(compiled(x), whole(x))
+            assert torch.allclose(split(x), whole(x), **near)
+            assert torch.allclose(compiled(x), whole(x), **near)
             assert torch.equal(x, before)
 
 
@@ -62,17 +70,18 @@ def test_a_tensor_parallel_block_infers_in_one_graph() -> None:
 
 def trains(store: Any, rank: int, world_size: int, compiler: str) -> None:
     with plane_of(store, rank, world_size) as plane:
-        whole, split = TrainingBlock(), TrainingBlock(plane.communicator("tp"))
+        dtype, near = kind(compiler)
+        whole, split = TrainingBlock().to(dtype), TrainingBlock(plane.communicator("tp")).to(dtype)
         compiled = torch.compile(split, fullgraph=True, backend=compiler)
-        x, x_split = inputs(3).requires_grad_(), inputs(3).requires_grad_()
+        x, x_split = inputs(3).to(dtype).requires_grad_(), inputs(3).to(dtype).requires_grad_()
         wanted, found = whole(x), compiled(x_split)
-        assert torch.allclose(found, wanted)
+        assert torch.allclose(found, wanted, **near)
         wanted.sin().sum().backward()
         found.sin().sum().backward()
-        assert torch.allclose(x_split.grad, x.grad)
+        assert torch.allclose(x_split.grad, x.grad, **near)
         for name, parameter in split.named_parameters():
             full = whole.get_parameter(name).grad
-            assert torch.allclose(parameter.grad, split.mine(full, SPLIT.get(name))), name
+            assert torch.allclose(parameter.grad, split.mine(full, SPLIT.get(name)), **near), name
 
 
 def test_a_tensor_parallel_block_trains_in_one_graph() -> None:
@@ -225,7 +234,9 @@ def test_errors_come_out_of_a_compiled_function_with_their_words() -> None:
     said = two_ranks(fails)[0]
     assert "wanted op sum, min, max, avg, found 'mean'" in said["traced: op"]
     assert "2 ranks divide" in said["traced: uneven"] and "pad it" in said["traced: uneven"]
-    assert "in a compiled function: call it outside" in said["traced: barrier"]
+    # Before torch 2.7 the tracer only names the class; the text is in the line of our code that it shows.
+    barrier = "in a compiled function: call it outside" if TORCH >= (2, 7) else "commplane.errors.UnsupportedOperation"
+    assert barrier in said["traced: barrier"]
     assert "wants op sum or avg, found 'max'" in said["traced: gradient"]
     assert said["called: closed"].startswith("CommunicatorError: [tp rank 0/2] is closed: create it again")
     assert "is closed: create it again, and compile again with the new one" in said["traced: closed"]

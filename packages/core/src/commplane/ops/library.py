@@ -18,7 +18,7 @@ from commplane.errors import UnsupportedOperation
 from commplane.ops import fake, gradients, kernels
 from commplane.tracer import keep_out
 
-__all__ = ["register"]
+__all__ = ["PLAIN", "SCHEMAS", "register"]
 
 SCHEMAS = {
     "all_reduce": "(Tensor x, str op, str group) -> Tensor",
@@ -39,11 +39,11 @@ _DIFFERENTIABLE = {
     "reduce_scatter": gradients.reduce_scatter,
 }
 
-# The dispatch keys of a call on ordinary tensors: no mode, no functionalization, no transform. Any other takes the long way.
-_PLAIN = tuple(
+PLAIN = tuple(
     DispatchKeySet(getattr(DispatchKey, device)) | DispatchKeySet(getattr(DispatchKey, f"Autograd{device}"))
     for device in ("CPU", "CUDA")
 )
+"""The dispatch keys of a call on ordinary tensors: no mode, no functionalization, no transform. Any other takes the long way."""
 
 Kernel = Callable[..., Any]
 
@@ -71,7 +71,7 @@ def _autograd_kernel(name: str, kernel: Kernel) -> Kernel:
     def functional(keys: DispatchKeySet, x: torch.Tensor, *rest: Any) -> Any:
         if x.requires_grad and grad_mode():
             return differentiable(x, *rest)
-        if keys in _PLAIN:
+        if keys in PLAIN:
             return kernel(x, *rest)
         with below_autograd():
             return op(x, *rest)
@@ -79,7 +79,7 @@ def _autograd_kernel(name: str, kernel: Kernel) -> Kernel:
     def in_place(keys: DispatchKeySet, x: torch.Tensor, *rest: Any) -> None:
         if x.requires_grad and grad_mode():
             differentiable()
-        if keys in _PLAIN:
+        if keys in PLAIN:
             kernel(x, *rest)
         else:
             with below_autograd():
