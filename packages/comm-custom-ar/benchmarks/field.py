@@ -24,7 +24,7 @@ from typing import Any
 
 from field_candidates import CANDIDATES, Missing, Setup, candidates
 from field_group import Group, GroupFailed, close_all
-from field_report import REFERENCE, Row, behind, ratios, size, times
+from field_report import REFERENCE, Row, behind, ratios, times
 
 from commplane.cli.parse import DTYPE_ALIASES, parse_size
 
@@ -129,7 +129,7 @@ def _say(text: str) -> None:
 
 
 def _placements(pin: str | None, setup: Setup) -> dict[str, list[bool]]:
-    """Pinned or not or both, by library. The more ranks than cores, the less it is known which is better; for gloo it never is."""
+    """Pinned or not or both, by library. With more ranks than cores it is not known which is better; for gloo it never is."""
     if pin is not None:
         return dict.fromkeys(CANDIDATES, {"on": [True], "off": [False], "both": [True, False]}[pin])
     return {name: [True, False] if setup.oversubscribed or name == "gloo" else [True] for name in CANDIDATES}

@@ -18,7 +18,7 @@ SPLIT = {"query": 0, "key": 0, "value": 0, "out": 1, "up": 0, "down": 1}
 class Block(torch.nn.Module):
     """Attention and MLP, column-parallel then row-parallel, each with its RMSNorm before and its residual after.
 
-    Without a communicator it is the whole layer. In float64, so that another order of additions is not seen; in float32 where code
+    Without a communicator it is the whole layer. In float64, so that another order of additions is not seen; float32 where code
     is generated, because that which torch 2.4 and 2.11 generate for attention in float64 on CPU fails.
     """
 
