@@ -31,8 +31,9 @@ from commplane.cli.parse import DTYPE_ALIASES, parse_size
 __all__ = ["main"]
 
 _SIZES = "64,1K,8K,64K,256K,1M,4M,16M,64M"
+# A turn, and bounds on its calls; where so few take longer than the last figure, one has to do.
 _TURN_S = 0.03
-_MIN_CALLS, _MAX_CALLS = 3, 5000
+_MIN_CALLS, _MAX_CALLS, _LONG_S = 3, 5000, 0.3
 
 
 class Field:
@@ -76,8 +77,7 @@ class Field:
                     for pinned in ways[group.candidate.name]:
                         row = Row(group.candidate.name, label, pinned, dtype, nbytes, _MIN_CALLS)
                         for _ in range(2):  # a few calls, then about as many as a turn will have
-                            mean = max(a["mean_us"] for a in _turn(group, row))
-                            row.calls = int(min(_MAX_CALLS, max(_MIN_CALLS, _TURN_S * 1e6 / mean)))
+                            row.calls = _calls_for(max(a["mean_us"] for a in _turn(group, row)) / 1e6)
                         self.entries.append((group, row))
 
     def rounds(self, number: int) -> None:
@@ -119,6 +119,13 @@ class _Drop:
         return True
 
 
+def _calls_for(seconds: float) -> int:
+    """Calls in a turn when one takes `seconds`. Pure."""
+    if seconds * _MIN_CALLS > _LONG_S:
+        return 1
+    return int(min(_MAX_CALLS, max(_MIN_CALLS, _TURN_S / seconds)))
+
+
 def _turn(group: Group, row: Row) -> list[dict[str, Any]]:
     return group.ask(do="turn", dtype=row.dtype, bytes=row.bytes, calls=row.calls, pinned=row.pinned)
 
@@ -129,7 +136,7 @@ def _say(text: str) -> None:
 
 
 def _placements(pin: str | None, setup: Setup) -> dict[str, list[bool]]:
-    """Pinned or not or both, by library. With more ranks than cores it is not known which is better; for gloo it never is."""
+    """Pinned or not or both, by library; both where it is not known which is better: for gloo, and with more ranks than cores."""
     if pin is not None:
         return dict.fromkeys(CANDIDATES, {"on": [True], "off": [False], "both": [True, False]}[pin])
     return {name: [True, False] if setup.oversubscribed or name == "gloo" else [True] for name in CANDIDATES}

@@ -20,7 +20,7 @@ from typing import Any
 
 from field_candidates import Candidate, Setup
 
-__all__ = ["Group", "GroupFailed"]
+__all__ = ["Group", "GroupFailed", "close_all"]
 
 _START_S = 900.0  # the kernels of two candidates are compiled the first time
 _STEP_S = 300.0
@@ -38,6 +38,7 @@ class Group:
     Attributes:
         candidate: which one.
         about: what rank 0 said of its library.
+        pids: of the ranks, in their order.
 
     Raises:
         GroupFailed: the ranks cannot be started.
@@ -52,7 +53,7 @@ class Group:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[socket.socket] = []
-        self._pids: list[int] = []
+        self.pids: list[int] = []
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
                 server.bind(f"{self._folder.name}/ranks")
@@ -101,10 +102,10 @@ class Group:
                     raise GroupFailed(f"{ranks - len(self._channels)} of {ranks} ranks did not start in {_START_S:.0f} s")
                 continue
             self._channels.append(server.accept()[0])
-            self._pids.append(self._receive(self._channels[-1])["pid"])
+            self.pids.append(self._receive(self._channels[-1])["pid"])
         ready = self._collect(_START_S)
         order = sorted(range(ranks), key=lambda i: ready[i]["rank"])
-        self._channels, self._pids = [self._channels[i] for i in order], [self._pids[i] for i in order]
+        self._channels, self.pids = [self._channels[i] for i in order], [self.pids[i] for i in order]
         self.about = ready[order[0]]["about"]
         self._sweep()
 
@@ -156,10 +157,14 @@ class Group:
         said = [line.strip() for line in lines if line.strip()][-3:]
         return f"; it said: {' / '.join(said)}" if said else ""
 
+    def dismiss(self) -> None:
+        """Tell the ranks to go, and do not wait for it."""
+        for channel in self._channels:
+            channel.close()
+
     def close(self, *, force: bool = False) -> None:
         """End the ranks, with `force` at once, and remove what they leave in shared memory and on disk."""
-        for channel in self._channels:
-            channel.close()  # which tells the rank to go
+        self.dismiss()
         deadline = time.monotonic() + (0.0 if force else _END_S)
         for process in self._processes:
             with suppress(subprocess.TimeoutExpired):
@@ -179,7 +184,7 @@ class Group:
             if process.poll() is None:
                 os.killpg(process.pid, number)
         if number is signal.SIGKILL:
-            for pid in self._pids:  # those that a launcher started have groups of their own
+            for pid in self.pids:  # those that a launcher started have groups of their own
                 with suppress(ProcessLookupError, FileNotFoundError):
                     if self._folder.name in Path(f"/proc/{pid}/cmdline").read_text():
                         os.kill(pid, number)
@@ -191,7 +196,8 @@ class Group:
 
 
 def close_all(groups: Sequence[Group]) -> None:
-    """Close every group, also when closing one of them fails."""
+    """Close every group; they end side by side."""
     for group in groups:
-        with suppress(OSError):
-            group.close()
+        group.dismiss()
+    for group in groups:
+        group.close()

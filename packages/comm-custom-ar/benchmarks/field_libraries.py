@@ -7,6 +7,7 @@ their code is here; DeepSpeed's and vLLM's kernels are compiled on the machine, 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -175,7 +176,7 @@ def _build_vllm(source: Path) -> Any:
     with open("/proc/cpuinfo") as file:
         flags = next((line.split() for line in file if line.startswith("flags")), [])
     vector = ["-mf16c", *(f"-mavx512{part}" for part in ("f", "vl", "bw", "dq"))] if "avx512bw" in flags else ["-mf16c", "-mavx2"]
-    load_inline(
+    load_inline(  # type: ignore[no-untyped-call]
         "commplane_field_vllm",
         cpp_sources=[_VLLM_OPERATORS],
         extra_include_paths=[str(source / "csrc")],
@@ -196,8 +197,11 @@ def _import_vllm() -> Any:
 def _vllm_version(source: str | None) -> str:
     if source is None:
         return importlib.metadata.version("vllm")
-    with open(Path(source) / "PKG-INFO") as file:
-        return next(line.split(":")[1].strip() for line in file if line.startswith("Version:"))
+    kernel = hashlib.sha256((Path(source) / "csrc" / "cpu" / "shm.cpp").read_bytes()).hexdigest()[:12]
+    about = Path(source) / "PKG-INFO"  # a source distribution has it, a clone has not
+    lines = about.read_text().splitlines() if about.is_file() else []
+    version = next((line.split(":")[1].strip() for line in lines if line.startswith("Version:")), "source")
+    return f"{version}, shm.cpp {kernel}"
 
 
 class Mpi(Library):

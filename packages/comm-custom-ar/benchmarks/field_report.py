@@ -78,7 +78,7 @@ def times(rows: Sequence[Row], dtype: str) -> str:
     """Microseconds a call of every candidate, placement and setting. Pure."""
     mine = [r for r in rows if r.dtype == dtype]
     cells = {(r.name, r.bytes): _short(r.median_us) for r in mine}
-    return _table(f"{dtype}, us a call", cells, lambda name: name)
+    return _table(f"{dtype}, us a call", cells)
 
 
 def ratios(rows: Sequence[Row], dtype: str) -> str:
@@ -90,7 +90,7 @@ def ratios(rows: Sequence[Row], dtype: str) -> str:
         for name, value in step.items()
         if name != REFERENCE
     }
-    return _table(f"{dtype}, times {REFERENCE}", cells, lambda name: name)
+    return _table(f"{dtype}, times {REFERENCE}", cells)
 
 
 def behind(rows: Sequence[Row]) -> list[str]:
@@ -119,8 +119,8 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _table(title: str, cells: dict[tuple[str, int], str], line: Callable[[str], str]) -> str:
+def _table(title: str, cells: dict[tuple[str, int], str]) -> str:
     """Markdown, one line a name, one column a size; empty where nothing was measured."""
     names, sizes = list(dict.fromkeys(name for name, _ in cells)), sorted({nbytes for _, nbytes in cells})
     head = [f"| {title} | {' | '.join(map(size, sizes))} |", f"|{'---|' * (len(sizes) + 1)}"]
-    return "\n".join(head + [f"| {line(n)} | {' | '.join(cells.get((n, s), '-') for s in sizes)} |" for n in names])
+    return "\n".join(head + [f"| {n} | {' | '.join(cells.get((n, s), '-') for s in sizes)} |" for n in names])

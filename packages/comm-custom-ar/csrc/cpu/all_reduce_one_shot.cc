@@ -41,7 +41,7 @@ int all_reduce_one_shot(Comm& comm, const Call& call) {
             for (uint32_t rank = 0; rank < comm.world; ++rank) from[rank] = slot(comm, rank, step);
             from[comm.rank] = call.in + at;
             void* to = call.out + at;
-            if (total <= kClaimBytes) claim(slot(comm, comm.rank, step + 1), bytes);
+            if (total <= claim_bytes()) claim(slot(comm, comm.rank, step + 1), bytes);
             call.reduce(&to, 1, from, comm.world, bytes / call.element_bytes);
         });
 }

@@ -112,7 +112,7 @@ int all_reduce_rms_norm(Comm& comm, const NormCall& norm) {
     if (bytes == 0) return hop(comm, call.descriptor);
     // In place, peers would read what is being overwritten; all ranks see it in the descriptor.
     if (call.region != nullptr && call.in != call.out && bytes > kTinyBytes) return symmetric(comm, norm);
-    if (comm.world > 2 && bytes >= two_shot_from(comm.world, call.element_bytes, comm.oversubscribed)) {
+    if (comm.world > 2 && bytes >= two_shot_from(comm.world, call.element_bytes, comm.oversubscribed, is_intel())) {
         return after_two_shot(comm, norm);
     }
     if (row_bytes <= comm.slot_bytes) return whole_rows(comm, norm, row_bytes);

@@ -15,7 +15,7 @@ constexpr uint64_t kProblems = 24;       // of a group
 constexpr uint64_t kCallsOfGroup = 400;  // each problem is solved in many ways
 constexpr uint64_t kArena = 1 << 20;
 constexpr uint64_t kMostBytes = 80 << 10;  // of a message; two-shot begins below it for any number of ranks
-static_assert(commplane_car::two_shot_from(3, 4, true) < kMostBytes && commplane_car::two_shot_from(8, 4, true) < kMostBytes);
+static_assert(commplane_car::two_shot_from(3, 4, true, false) < kMostBytes && commplane_car::two_shot_from(8, 4, true, false) < kMostBytes);
 
 // Like real messages: most are small, some are long.
 uint64_t random_bytes(Random& random, uint64_t chunk) {

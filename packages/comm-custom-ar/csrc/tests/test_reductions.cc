@@ -18,7 +18,7 @@ std::vector<uint64_t> counts(int kind, int dtype, uint32_t world) {
     }
     std::vector<uint64_t> found = {0, 1, 3, 17, 63, chunk - 1, chunk, chunk + 1, 2 * chunk, kTiny / width + 1, 5 * chunk + 3};
     // One element too few for two-shot, and a last chunk of which only the first ranks have a slice.
-    const uint64_t two_shot = commplane_car::two_shot_from(world, width, oversubscribed(world));
+    const uint64_t two_shot = commplane_car::two_shot_from(world, width, oversubscribed(world), commplane_car::is_intel());
     if (two_shot != UINT64_MAX) found.insert(found.end(), {two_shot / width - 1, (two_shot + 72) / width});
     return found;
 }

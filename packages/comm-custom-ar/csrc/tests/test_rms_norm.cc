@@ -19,7 +19,7 @@ std::vector<Shape> shapes(int dtype, uint32_t world) {
     const uint64_t width = element_bytes(dtype), slot = 1024 / width, row = 3 * slot + 1;
     std::vector<Shape> found = {{0, 64}, {3, 0}, {1, 1}, {7, 1}, {5, 31}, {4, 33}, {9, 64}, {3, slot - 1}, {3, slot}, {3, slot + 1},
                                 {4, 2 * slot + 32}, {2, 5 * slot + 7}};
-    const uint64_t two_shot = commplane_car::two_shot_from(world, width, oversubscribed(world));
+    const uint64_t two_shot = commplane_car::two_shot_from(world, width, oversubscribed(world), commplane_car::is_intel());
     if (world > 2) found.push_back({two_shot / (row * width) + 1, row});
     return found;
 }
