@@ -2,7 +2,7 @@
 // The numbers that decide which algorithm runs: data, each with the measurement that it comes from. All of them are functions of
 // what every rank knows to be equal; that includes the maker of the CPU, for a group lies on one host.
 //
-// Measured with csrc/benchmarks/algorithms.cc (us a call, float32 unless said otherwise) on two machines:
+// Measured with csrc/benchmarks/algorithms.cc (`cmake --build BUILD --target algorithms`; us a call, float32 unless said otherwise) on two machines:
 //   A  16 cores of an Intel Xeon (Sapphire Rapids class, 2 MiB of L2 a core, 300 MiB of L3), one rank a core
 //   B  2 cores of an AMD EPYC (Zen 5, 1 MiB of L2 a core, 32 MiB of L3)
 #pragma once
