@@ -51,6 +51,7 @@ class Group:
         self._token = f"commplane-field-{secrets.token_hex(6)}"
         self._folder = tempfile.TemporaryDirectory(prefix="field-")
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._names: set[Path] = set()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[socket.socket] = []
         self.pids: list[int] = []
@@ -107,7 +108,7 @@ class Group:
         order = sorted(range(ranks), key=lambda i: ready[i]["rank"])
         self._channels, self.pids = [self._channels[i] for i in order], [self.pids[i] for i in order]
         self.about = ready[order[0]]["about"]
-        self._sweep()
+        self._names = {name for pid in self.pids for name in _shared_names(pid)}
 
     def ask(self, **request: Any) -> list[dict[str, Any]]:
         """Send one request to every rank; the answers in the order of ranks.
@@ -190,9 +191,15 @@ class Group:
                         os.kill(pid, number)
 
     def _sweep(self) -> None:
-        """Remove the names in shared memory that carry our token: two candidates leave theirs, even when they end well."""
-        for path in Path("/dev/shm").glob(f"*{self._token}*"):
+        """Remove what the ranks have left in shared memory: two libraries always do, others when a rank is killed."""
+        for path in {*self._names, *Path("/dev/shm").glob(f"*{self._token}*")}:
             path.unlink(missing_ok=True)
+
+
+def _shared_names(pid: int) -> list[Path]:
+    """The names in shared memory that a process maps."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [Path(name) for name in (line[line.find("/") :] for line in lines if " /dev/shm/" in line) if "(deleted)" not in name]
 
 
 def close_all(groups: Sequence[Group]) -> None:

@@ -108,7 +108,7 @@ def test_programs_outside_the_class_are_refused():
 
 # What the algorithms do, in the order of the file; protocol_programs.py mirrors it.
 STRUCTURE = {
-    "comm.h": "publish step.store await step.load step.load step.load hop publish await",
+    "comm.h": "publish step.store await step.load step.load step.load hop publish await hop hop",
     "pipeline.h": "hop fill publish fill publish await drain",
     "all_reduce_one_shot.cc": "pipelined memcpy reduce",
     "all_reduce_two_shot.cc": "hop memcpy memcpy publish fill await reduce publish fill await memcpy",
@@ -123,7 +123,8 @@ STRUCTURE = {
 
 
 def _code(name: str) -> str:
-    return re.sub(r"//[^\n]*", "", (SOURCES / name).read_text())
+    """Without comments. last_hop() is a hop that looks at the abort words once more, which the model leaves out."""
+    return re.sub(r"//[^\n]*", "", (SOURCES / name).read_text()).replace("last_hop(", "hop(")
 
 
 @pytest.mark.parametrize("name", STRUCTURE)
