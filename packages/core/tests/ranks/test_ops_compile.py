@@ -30,7 +30,8 @@ def two_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def plane_of(store: Any, rank: int, world_size: int) -> Any:
-    return commplane.init(store=store, rank=rank, world_size=world_size, plugins=PluginHost())
+    # A rank that compiles is late, on a loaded machine by a minute: the other one waits for it.
+    return commplane.init(store=store, rank=rank, world_size=world_size, plugins=PluginHost(), config={"timeout": 300})
 
 
 class Recorder:
