@@ -47,9 +47,9 @@ class Recorder:
 
 def kind(compiler: str) -> tuple[torch.dtype, dict[str, float]]:
     """In which dtype a block is compiled, and how near its results are."""
-    return (
-        (torch.float32, {"rtol": 1e-3, "atol": 1e-4}) if compiler == "inductor" else (torch.float64, {"rtol": 1e-7, "atol": 1e-9})
-    )
+    if compiler == "inductor" and TORCH < (2, 12):  # the code that these generate for attention in float64 on CPU fails
+        return torch.float32, {"rtol": 1e-2, "atol": 1e-2}
+    return torch.float64, {"rtol": 1e-7, "atol": 1e-9}
 
 
 def infers(store: Any, rank: int, world_size: int, compiler: str) -> None:
