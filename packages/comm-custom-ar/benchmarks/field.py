@@ -151,9 +151,10 @@ def _report(run: Field, setup: Setup, rounds: int) -> tuple[str, dict[str, Any]]
         f"the minute before {machine['load_before']}"
     ]
     for dtype in dict.fromkeys(row.dtype for row in rows):
-        parts += [times(rows, dtype), ratios(rows, dtype)]
-    slower = behind(rows)
-    parts.append("\n".join([f"faster than {REFERENCE}:", *slower]) if slower else f"nothing is faster than {REFERENCE}")
+        parts += filter(None, [times(rows, dtype), ratios(rows, dtype)])
+    slower, others = behind(rows), {row.candidate for row in rows} - {REFERENCE}
+    verdict = f"none of {', '.join(sorted(others))} is faster than {REFERENCE}" if others else "nothing else was measured"
+    parts.append("\n".join([f"faster than {REFERENCE}:", *slower]) if slower else verdict)
     versions = [f"{g.candidate.label}: {g.about['version']}{g.candidate.note and f' ({g.candidate.note})'}" for g in run.groups]
     parts += ["\n".join(versions), *(f"left out: {name}: {reason}" for name, reason in run.left_out.items())]
     parts.append(f"on a {reference.about['words']}")

@@ -121,6 +121,8 @@ def _short(value: float) -> str:
 
 def _table(title: str, cells: dict[tuple[str, int], str]) -> str:
     """Markdown, one line a name, one column a size; empty where nothing was measured."""
+    if not cells:
+        return ""
     names, sizes = list(dict.fromkeys(name for name, _ in cells)), sorted({nbytes for _, nbytes in cells})
     head = [f"| {title} | {' | '.join(map(size, sizes))} |", f"|{'---|' * (len(sizes) + 1)}"]
     return "\n".join(head + [f"| {n} | {' | '.join(cells.get((n, s), '-') for s in sizes)} |" for n in names])
