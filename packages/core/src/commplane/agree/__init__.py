@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from commplane.agree.bootstrap import PeerFailed, StoreBootstrap
 from commplane.agree.build import Attempt, Setback, build_backend, close_backend, joint_verdict, setback
+from commplane.agree.clock import REAL, Clock
 from commplane.agree.facts import exchange_facts
 from commplane.agree.guard import Activity, CaptureGuard, Forming
 from commplane.agree.probe import probe_all
 from commplane.agree.store import BoundedStore
 
 __all__ = [
+    "REAL",
     "Activity",
     "Attempt",
     "BoundedStore",
     "CaptureGuard",
+    "Clock",
     "Forming",
     "PeerFailed",
     "Setback",

@@ -10,10 +10,10 @@ torch is not imported here: any object with the methods of a c10d Store will do.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from commplane.agree.clock import Clock
 from commplane.agree.guard import Activity, CaptureGuard
 from commplane.agree.store import BoundedStore
 from commplane.errors import AgreementError, CommplaneError, PeerError
@@ -65,6 +65,7 @@ class StoreBootstrap:
         dead: Callable[[Sequence[int]], Sequence[int]] = lambda _ranks: (),
     ) -> None:
         self._store = store
+        self._clock = store.clock
         self._ranks = tuple(ranks)
         self._rank = self._ranks.index(rank)
         self._root = self._prefix = prefix
@@ -92,6 +93,11 @@ class StoreBootstrap:
     def ranks(self) -> tuple[int, ...]:
         """Global ranks in group order."""
         return self._ranks
+
+    @property
+    def clock(self) -> Clock:
+        """By which this control plane waits."""
+        return self._clock
 
     @property
     def first_decision(self) -> str:
@@ -165,7 +171,7 @@ class StoreBootstrap:
                 return self._as_error(json.loads(self._store.get(key)), "stops")
         except PeerError as lost:
             return lost
-        now = time.monotonic()
+        now = self._clock.now()
         if now < self._look_at:
             return None
         self._look_at = now + _LOOK_EVERY_S
@@ -184,7 +190,7 @@ class StoreBootstrap:
         if self._rank != 0:
             self._store.set(f"{base}/{self._rank}", "1")
             return
-        self._wait([f"{base}/{r}" for r in range(1, self.world_size)], time.monotonic() + timeout, base)
+        self._wait([f"{base}/{r}" for r in range(1, self.world_size)], self._clock.now() + timeout, base)
 
     # One round.
 
@@ -196,7 +202,7 @@ class StoreBootstrap:
             return [value]
         base = f"{self._prefix}/{self._seq}"
         patience = self._timeout if timeout is None else timeout
-        deadline = time.monotonic() + patience
+        deadline = self._clock.now() + patience
         record = json.dumps({"value": value, "what": what})
         try:
             self._store.set(f"{base}/{self._rank}", record)
@@ -254,10 +260,10 @@ class StoreBootstrap:
 
     def _wait(self, keys: Sequence[str], deadline: float, base: str) -> dict[str, Any] | None:
         """Wait for all `keys`. None when they are there, else the outcome to publish for the round at `base`."""
-        began = time.monotonic()
+        began = self._clock.now()
         look_at = began + _LOOK_EVERY_S
         while not self._store.check(keys):
-            now = time.monotonic()
+            now = self._clock.now()
             if now >= deadline:
                 return {"missing": self._absent(base) or self._leader()}
             if now >= look_at:
@@ -265,7 +271,7 @@ class StoreBootstrap:
                 hopeless = self._look(base)
                 if hopeless is not None:
                     return hopeless
-            time.sleep(min(max((now - began) / 3, _FIRST_PAUSE_S), _LONGEST_PAUSE_S, deadline - now))
+            self._clock.sleep(min(max((now - began) / 3, _FIRST_PAUSE_S), _LONGEST_PAUSE_S, deadline - now))
         return None
 
     def _look(self, base: str) -> dict[str, Any] | None:

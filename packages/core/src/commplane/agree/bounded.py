@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from commplane.agree.clock import REAL, Clock
 
 __all__ = ["Abandoned", "Stalled", "call_bounded"]
 
@@ -30,6 +31,7 @@ def call_bounded(
     *,
     on_late: Callable[[], None] | None = None,
     give_up: Callable[[], Exception | None] | None = None,
+    clock: Clock = REAL,
 ) -> T:
     """`call` in a thread of its own; its result or its exception. Local.
 
@@ -42,13 +44,14 @@ def call_bounded(
         what: its name in the error.
         on_late: called in the thread if it comes back after it was left.
         give_up: asked now and then while waiting; an exception it returns is a reason not to wait any longer.
+        clock: by which to wait.
 
     Raises:
         Stalled: no result after `seconds`.
         Abandoned: `give_up` had a reason.
     """
     lock = threading.Lock()
-    done = threading.Event()
+    done = clock.signal()
     left = False
     result: list[Any] = []
     failure: list[BaseException] = []
@@ -64,13 +67,13 @@ def call_bounded(
         if late and on_late is not None:
             on_late()
 
-    threading.Thread(target=run, name=f"commplane {what}", daemon=True).start()
-    deadline = time.monotonic() + seconds
+    clock.start(run, f"commplane {what}")
+    deadline = clock.now() + seconds
     reason: Exception | None = None
     try:
-        while not done.wait(max(0.0, min(_LOOK_EVERY_S if give_up else seconds, deadline - time.monotonic()))):
+        while not done.wait(max(0.0, min(_LOOK_EVERY_S if give_up else seconds, deadline - clock.now()))):
             reason = give_up() if give_up is not None else None
-            if reason is not None or time.monotonic() >= deadline:
+            if reason is not None or clock.now() >= deadline:
                 break
     finally:  # also when the wait itself is interrupted: the thread has to know that nobody waits for it
         with lock:

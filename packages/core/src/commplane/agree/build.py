@@ -111,7 +111,7 @@ def build_backend(
         problem: Setback | None = None
         running = False
         try:
-            call_bounded(step, seconds, f"{spec.name} {state}", on_late=release, give_up=attempt.peer_failed)
+            call_bounded(step, seconds, f"{spec.name} {state}", on_late=release, give_up=attempt.peer_failed, clock=votes.clock)
         except BaseException as error:  # whatever a plugin raises becomes a vote
             running = isinstance(error, Abandoned) or not isinstance(error, Exception)
             problem = setback(error.__cause__ if isinstance(error, Abandoned) and error.__cause__ else error)

@@ -8,6 +8,7 @@ from typing import Any
 
 from commplane.agree.bounded import call_bounded
 from commplane.agree.build import setback
+from commplane.agree.clock import REAL, Clock
 from commplane.api import BackendSpec, Deadline, Facts, ProbeRequest, Unusable, Usable, Verdict
 from commplane.plugins import Registered
 from commplane.select import static_refusal
@@ -21,15 +22,16 @@ def probe_all(
     options: Mapping[str, Mapping[str, Any]],
     facts: Facts,
     timeout: float,
+    clock: Clock = REAL,
 ) -> dict[str, dict[str, Any]]:
     """The verdict of each backend, as JSON, with its spec and where it came from. Local; all of it within `timeout`."""
     out = {}
-    deadline = Deadline(timeout)
+    deadline = Deadline(timeout, clock.now)
     for name, registered in backends.items():
         spec = registered.spec
         assert isinstance(spec, BackendSpec)
         own = ProbeRequest(request.key, request.rank, options.get(name, {}))
-        verdict = _probe(spec, own, facts, max(deadline.remaining(), 0.01))
+        verdict = _probe(spec, own, facts, max(deadline.remaining(), 0.01), clock)
         out[name] = {
             "spec": spec.to_json(),
             "dist": f"{registered.dist or registered.plugin} {registered.version}",
@@ -40,7 +42,7 @@ def probe_all(
     return out
 
 
-def _probe(spec: BackendSpec, request: ProbeRequest, facts: Facts, timeout: float) -> Verdict:
+def _probe(spec: BackendSpec, request: ProbeRequest, facts: Facts, timeout: float, clock: Clock) -> Verdict:
     refusal = static_refusal(spec, request.key)
     if refusal is not None:
         return Unusable(refusal)
@@ -53,6 +55,6 @@ def _probe(spec: BackendSpec, request: ProbeRequest, facts: Facts, timeout: floa
         return verdict
 
     try:
-        return call_bounded(call, timeout, "probe")
+        return call_bounded(call, timeout, "probe", clock=clock)
     except Exception as error:  # a probe that fails is a verdict, and a vote of the whole group
         return Unusable(f"probe failed: {setback(error).text}")

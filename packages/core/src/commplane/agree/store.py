@@ -6,11 +6,10 @@ this process and waited for with a deadline; after one that was missed, all late
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from commplane.agree.clock import REAL, Clock
 from commplane.errors import PeerError
 
 __all__ = ["BoundedStore"]
@@ -22,15 +21,15 @@ class BoundedStore:
     Args:
         store: a c10d store.
         timeout: seconds that one call may take.
+        clock: of this store and of all control planes over it.
     """
 
-    def __init__(self, store: Any, timeout: float) -> None:
+    def __init__(self, store: Any, timeout: float, clock: Clock = REAL) -> None:
         self.raw = store
+        self.clock = clock
         self._timeout = timeout
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._worker = clock.worker("commplane store")
         self._lost: str | None = None
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
 
     def set(self, key: str, value: str) -> None:
         """Store `value`."""
@@ -65,7 +64,7 @@ class BoundedStore:
     def _call(self, function: Callable[[], Any]) -> Any:
         if self._lost is not None:
             raise PeerError(self._lost)
-        done = threading.Event()
+        done = self.clock.signal()
         result: list[Any] = []
         failure: list[Exception] = []
 
@@ -76,11 +75,7 @@ class BoundedStore:
                 failure.append(error)
             done.set()
 
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="commplane store", daemon=True)
-                self._thread.start()
-        self._calls.put(call)
+        self._worker.submit(call)
         if not done.wait(self._timeout):
             self._lost = (
                 f"the store has not answered for {self._timeout:g} s: its host, rank 0 or the launcher, is stopped or cut off"
@@ -92,7 +87,3 @@ class BoundedStore:
         if failure:
             raise failure[0]
         return result[0]
-
-    def _serve(self) -> None:
-        while True:
-            self._calls.get()()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 __all__ = ["Bootstrap", "Deadline"]
 
 
 class Deadline:
-    """A point in time, on the monotonic clock of this process."""
+    """A point in time, on the monotonic clock of this process; in a simulation on that of `now`."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
-        self._end = time.monotonic() + seconds
+        self._now = now
+        self._end = now() + seconds
 
     def remaining(self) -> float:
         """Seconds left, never below zero."""
-        return max(0.0, self._end - time.monotonic())
+        return max(0.0, self._end - self._now())
 
     @property
     def expired(self) -> bool:

@@ -57,7 +57,9 @@ class Formation:
     def _agree(self) -> Draft:
         """Probe, publish, choose. Collective."""
         request = ProbeRequest(self._key, self._bootstrap.rank, {})
-        verdicts = probe_all(self._plugins.backends(), request, self._config.options, self._facts, self._config.startup)
+        verdicts = probe_all(
+            self._plugins.backends(), request, self._config.options, self._facts, self._config.startup, self._bootstrap.clock
+        )
         mine = {
             "request": {
                 "name": self._key.purpose,
@@ -114,7 +116,7 @@ class Formation:
                     device=self._device,
                     bootstrap=attempt,
                     facts=self._facts,
-                    deadline=Deadline(seconds),
+                    deadline=Deadline(seconds, self._bootstrap.clock.now),
                     timeout=self._config.run,
                     options=self._config.options.get(name, {}),
                 )

@@ -100,7 +100,7 @@ class Plane:
         self.world_size = world.world_size
         self.origin = world.origin
         self._guard = CaptureGuard()
-        self._store = BoundedStore(world.store, config.startup)
+        self._store = BoundedStore(world.store, config.startup, world.clock)
         # A store outlives a plane, and its keys with it: each plane of a job has a number, and keys of its own.
         self._generation = self._store.add(f"generation/{world.rank}", 1)
         self._activity = Activity(self._store, world.rank, f"plane/{self._generation}/activity")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from commplane.agree import REAL, Clock
 from commplane.errors import ConfigError
 
 __all__ = ["World", "find_world"]
@@ -14,12 +15,13 @@ __all__ = ["World", "find_world"]
 
 @dataclass(frozen=True)
 class World:
-    """A store and this process's place. `origin` says where they came from."""
+    """A store and this process's place. `origin` says where they came from, `clock` by what the control plane waits."""
 
     store: Any
     rank: int
     world_size: int
     origin: str
+    clock: Clock = REAL
 
 
 def find_world(store: Any, rank: int | None, world_size: int | None, timeout: float) -> World:

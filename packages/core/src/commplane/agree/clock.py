@@ -1,0 +1,81 @@
+"""Time and threads of the control plane, in one place, so that a simulation can put its own there.
+
+Whatever in `agree` asks for the time, pauses, waits for a thread or starts one does it through the `Clock` that it was made
+with. `REAL` is the clock of this process and costs what the plain calls cost.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+__all__ = ["REAL", "Clock", "Signal", "Worker"]
+
+
+class Signal(Protocol):
+    """What one thread sets and another waits for: `threading.Event`."""
+
+    def set(self) -> None:
+        """Let go who waits."""
+
+    def is_set(self) -> bool:
+        """Whether `set` was called."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait up to `timeout` seconds; whether `set` was called."""
+
+
+class Worker(Protocol):
+    """Makes calls one after the other, in a thread of its own."""
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Make `call`, which must not raise, after those before it. Does not wait."""
+
+
+class Clock:
+    """The clock and the threads of this process; a simulation overrides every method."""
+
+    def now(self) -> float:
+        """Seconds; only differences mean anything."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Pause this thread."""
+        time.sleep(seconds)
+
+    def signal(self) -> Signal:
+        """A new signal, not set."""
+        return threading.Event()
+
+    def start(self, call: Callable[[], None], name: str) -> None:
+        """Make `call`, which must not raise, in a new daemon thread."""
+        threading.Thread(target=call, name=name, daemon=True).start()
+
+    def worker(self, name: str) -> Worker:
+        """A new worker; its thread starts with the first call."""
+        return _Thread(name)
+
+
+class _Thread:
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, call: Callable[[], None]) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+                self._thread.start()
+        self._calls.put(call)
+
+    def _serve(self) -> None:
+        while True:
+            self._calls.get()()
+
+
+REAL = Clock()
