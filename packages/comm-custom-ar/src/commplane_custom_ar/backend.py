@@ -20,7 +20,7 @@ from commplane.api import (
     Workspace,
     add_rms_norm,
 )
-from commplane.errors import CommunicatorError, ConfigError
+from commplane.errors import CommunicatorError, ConfigError, UnsupportedOperation
 from commplane_custom_ar import _native, flight
 from commplane_custom_ar._native import NativeError
 from commplane_custom_ar.calls import Norm, Target
@@ -174,7 +174,9 @@ class CustomAllReduce(CommBackend):
         target = Target(self._native, comm.handle, context.who, context.rank, context.world_size, fail)
         if collective is Collective.BARRIER:
             return target.barrier()
-        code = DTYPES[str(dtype).removeprefix("torch.")]
+        code = DTYPES.get(str(dtype).removeprefix("torch."))
+        if code is None:
+            raise UnsupportedOperation(f"{context.who} {collective} wanted a dtype of {', '.join(DTYPES)}, found {dtype}")
         if collective is Collective.ALL_GATHER:
             return target.all_gather(code)
         if collective is Collective.BROADCAST:

@@ -6,8 +6,9 @@ Needs torch; no pytest.
 from __future__ import annotations
 
 from commplane.plugins import PluginHost
+from commplane.testing.canary import without_canary
 from commplane.testing.leftovers import shm_leftovers
 from commplane.testing.processes import Outcome, run_processes
 from commplane.testing.threads import run_threads
 
-__all__ = ["Outcome", "PluginHost", "run_processes", "run_threads", "shm_leftovers"]
+__all__ = ["Outcome", "PluginHost", "run_processes", "run_threads", "shm_leftovers", "without_canary"]

@@ -1,0 +1,1 @@
+"""Tests of communicator backends. Run by ``pytest --pyargs commplane_conformance --commplane-backend NAME``."""

@@ -1,0 +1,256 @@
+"""From the declaration to the close: what a backend says of itself, how it is opened, and what it leaves behind."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import commplane.api
+import commplane.api.versions
+from commplane import errors
+from commplane.api import BackendSpec, Capability
+from commplane.config import Config
+from commplane.plugins import PluginHost
+from commplane.testing import shm_leftovers
+from commplane_conformance.marks import clause, needs
+from commplane_conformance.rank import Rank
+from commplane_conformance.subject import Subject
+from commplane_conformance.worlds import World, Worlds
+
+
+def declared(name: str) -> BackendSpec:
+    """What the plugin says now, its module read again."""
+    host = PluginHost.discover(Config.load({}))
+    found = host.backends()[name].spec
+    assert isinstance(found, BackendSpec)
+    return found
+
+
+@clause("S56")
+def test_the_api_number_is_a_literal(subject: Subject) -> None:
+    registered = PluginHost.discover(Config.load({})).backends()[subject.name]
+    modules = [m for n, m in sys.modules.items() if n.partition(".")[0] == subject.spec.factory.partition(".")[0]]
+    future = (subject.spec.api[0], subject.spec.api[1] + 1)
+    with patch.object(commplane.api, "COMM_API", future), patch.object(commplane.api.versions, "COMM_API", future):
+        try:
+            for module in modules:
+                if module.__name__ == _plugin_module(subject):
+                    importlib.reload(module)
+            again = declared(subject.name)
+        except errors.PluginError as error:
+            raise AssertionError(f"the plugin cannot be read again under a later comm API: {error}") from error
+    assert again.api == registered.spec.api, (
+        f"the api of {subject.name} follows the host's: it was {registered.spec.api} and is {again.api} once the host says "
+        f"{future}; write the numbers that the plugin was made for"
+    )
+
+
+def _plugin_module(subject: Subject) -> str:
+    from commplane.plugins import find_candidates
+
+    for candidate in find_candidates():
+        if f"{candidate.dist} {candidate.version}" == subject.dist:
+            return str(candidate.value.partition(":")[0])
+    return "commplane.backends.builtin"
+
+
+@clause("S56")
+def test_what_is_declared_loads_no_torch(subject: Subject) -> None:
+    code = (
+        "import sys; from commplane.config import Config; from commplane.plugins import PluginHost; "
+        f"host = PluginHost.discover(Config.load({{}})); assert {subject.name!r} in host.backends(); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"reading the declaration of {subject.name} imported torch, or failed: {done.stderr}"
+
+
+def in_plan(rank: Rank) -> list[str]:
+    """With the canary, as users get it."""
+    comm = rank.plane.communicator("conformance_canary", device=rank.job.device, backends=[rank.job.backend])
+    rank.require(comm)
+    comm.close()
+    return list(comm.plan.backends)
+
+
+@clause("S32")
+def test_the_canary_finds_nothing(world: World) -> None:
+    plans = world.run(in_plan)
+    assert all(plan == plans[0] for plan in plans)
+
+
+def closes_twice(rank: Rank) -> None:
+    """The second close is no event, and every call after it says what happened."""
+    comm = rank.form("conformance_close")
+    backend = rank.backend(comm)
+    x = torch.ones(8, device=rank.device)
+    comm.all_reduce_(x)
+    comm.close()
+    comm.close()
+    backend.close()
+    calls: dict[str, Callable[[], object]] = {
+        "all_reduce_": lambda: comm.all_reduce_(x),
+        "all_reduce": lambda: comm.all_reduce(x),
+        "all_gather": lambda: comm.all_gather(x),
+        "reduce_scatter": lambda: comm.reduce_scatter(torch.ones(rank.world_size, device=rank.device)),
+        "broadcast": lambda: comm.broadcast(x),
+        "barrier": comm.barrier,
+        "prepare": lambda: comm.prepare(max_bytes=64),
+        "empty": lambda: comm.empty(4),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except errors.CommunicatorError as error:
+            if "closed" not in str(error):
+                raise AssertionError(f"{name} after close has to say that the communicator is closed, says {error}") from error
+        else:
+            raise AssertionError(f"{name} after close has to raise CommunicatorError")
+
+
+@clause("S33", "S34")
+@needs(Capability.ALL_REDUCE)
+def test_close_twice_and_use_after_close(world: World) -> None:
+    world.run(closes_twice)
+
+
+def _held() -> dict[str, Any]:
+    return {
+        "threads": threading.active_count(),
+        "files": len(list(Path("/proc/self/fd").iterdir())),
+        "shared memory": sorted(shm_leftovers()),
+        "mappings": sum("commplane" in line for line in Path("/proc/self/maps").read_text().splitlines()),
+    }
+
+
+def opens_and_closes(rank: Rank, rounds: int) -> None:
+    """Nothing is held that was not held before."""
+
+    def one(i: int) -> None:
+        comm = rank.form(f"conformance_cycle_{i % 2}")
+        comm.all_reduce_(torch.ones(70_000, device=rank.device))
+        if Capability.SYMMETRIC_MEMORY in rank.spec.capabilities:
+            comm.empty(100)
+        comm.close()
+
+    for i in range(3):  # what is made once for all communicators is there now
+        one(i)
+    rank.plane.gather(None, what="all are warm")
+    before = _held()
+    for i in range(rounds):
+        one(i)
+    rank.plane.gather(None, what="all have closed")
+    after = _held()
+    # Connections of another rank's close may still be on their way out: only what grows with the rounds is a leak.
+    for what in ("threads", "files", "mappings"):
+        assert after[what] - before[what] < rounds, f"{rounds} communicators were closed and left {what}: {before} then {after}"
+    assert after["shared memory"] == before["shared memory"]
+
+
+@clause("S33", "S36")
+@needs(Capability.ALL_REDUCE)
+def test_nothing_is_left_after_many_communicators(world: World) -> None:
+    world.run(opens_and_closes, 40 if world.subject.full else 8)
+
+
+def forgotten(rank: Rank) -> None:
+    """Warns, and does nothing else."""
+    import gc
+    import warnings
+
+    comm = rank.form("conformance_forgotten")
+    comm.all_reduce_(torch.ones(4, device=rank.device))
+    backend = rank.backend(comm)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rank.plane._communicators.remove(comm)
+        del comm
+        gc.collect()
+    assert any(w.category is ResourceWarning for w in caught), "a communicator that is collected open has to warn"
+    backend.close()
+
+
+@clause("S34")
+@needs(Capability.ALL_REDUCE)
+def test_a_forgotten_communicator_warns(worlds: Worlds, size: int) -> None:
+    with worlds.fresh(size) as world:
+        world.run(forgotten)
+
+
+def prepares(rank: Rank, nbytes: int) -> None:
+    """What was prepared works, and a difference is an error on all."""
+    comm = rank.comm
+    comm.prepare("all_reduce", dtype=torch.float32, max_bytes=nbytes)
+    comm.prepare("all_reduce", dtype=torch.float32, max_bytes=nbytes // 2)
+    n = rank.world_size
+    for count in (1, nbytes // 4):
+        assert comm.all_reduce(torch.ones(count, device=rank.device)).eq(n).all()
+    try:
+        comm.prepare("all_reduce", dtype=torch.float32, max_bytes=nbytes + 64 * rank.rank)
+    except errors.MismatchError:
+        pass
+    else:
+        raise AssertionError("ranks that prepare different sizes all have to raise MismatchError")
+    assert comm.all_reduce(torch.ones(3, device=rank.device)).tolist() == [float(n)] * 3
+
+
+@clause("S27", "S31")
+@needs(Capability.ALL_REDUCE)
+def test_prepare(world: World) -> None:
+    if "float32" not in world.subject.dtypes:
+        pytest.skip("the backend does not declare float32")
+    world.run(prepares, 1 << 20)
+
+
+def records(rank: Rank) -> None:
+    """A backend that keeps flight records names the calls, in order."""
+    comm = rank.form("conformance_records")
+    backend = rank.backend(comm)
+    x = torch.ones(24, device=rank.device)
+    for _ in range(3):
+        comm.all_reduce_(x)
+    if not type(backend).keeps_flight_records:
+        comm.close()
+        return
+    found = list(backend.flight_records())[-3:]
+    assert [r.collective for r in found] == ["all_reduce"] * 3, f"the last three calls were all_reduce, recorded are {found}"
+    assert [r.seq for r in found] == list(range(found[0].seq, found[0].seq + 3)), f"numbers of calls must follow: {found}"
+    assert all(r.nbytes == 96 and r.state == "done" and r.finished_ns is not None for r in found), found
+    comm.close()
+
+
+@clause("S46")
+@needs(Capability.ALL_REDUCE)
+def test_flight_records(world: World) -> None:
+    world.run(records)
+
+
+def steady_memory(rank: Rank) -> int:
+    """Python memory that a thousand calls leave, in bytes."""
+    x = torch.ones(256, device=rank.device)
+    for _ in range(200):
+        rank.comm.all_reduce_(x.fill_(1.0))
+    tracemalloc.start()
+    begin = tracemalloc.get_traced_memory()[0]
+    for _ in range(1000):
+        rank.comm.all_reduce_(x.fill_(1.0))
+    grown = tracemalloc.get_traced_memory()[0] - begin
+    tracemalloc.stop()
+    return grown
+
+
+@clause("S57")
+@needs(Capability.ALL_REDUCE)
+def test_calls_leave_no_memory_behind(world: World) -> None:
+    for r, grown in enumerate(world.run(steady_memory)):
+        assert grown < 64_000, f"a thousand calls left {grown} bytes of Python memory on rank {r}: something keeps each call"

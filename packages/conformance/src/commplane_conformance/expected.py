@@ -1,0 +1,58 @@
+"""Expected failures: a file in the backend's own repository that says which tests fail, and why.
+
+One line each: the id of a test, then ``#`` and the reason. ``faults.py::test_a_killed_rank`` is that test in all its cases;
+``faults.py::test_a_killed_rank[2-ranks]`` is one case. Every line is strict: a test that is listed and passes is a failure, and a
+line that no test answers to is an error, so the file cannot outlive what it describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+__all__ = ["ExpectedFailuresError", "read_expected", "test_id", "unknown"]
+
+
+class ExpectedFailuresError(Exception):
+    """The file of expected failures is wrong; the text says where."""
+
+
+def test_id(nodeid: str) -> str:
+    """The id of a test inside the kit, without the folders before it and without ``test_``: ``faults.py::test_x[2-ranks]``."""
+    path, _, rest = nodeid.partition("::")
+    return f"{path.rpartition('/')[2].removeprefix('test_')}::{rest}"
+
+
+test_id.__test__ = False  # type: ignore[attr-defined]  # not a test itself
+
+
+def read_expected(path: Path) -> dict[str, str]:
+    """Reason by id, as written.
+
+    Raises:
+        ExpectedFailuresError: a line without a reason, or an id that is there twice.
+    """
+    if not path.is_file():
+        raise ExpectedFailuresError(f"file of expected failures {str(path)!r} does not exist")
+    out: dict[str, str] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, reason = (part.strip() for part in line.partition("  #"))
+        if not reason:
+            raise ExpectedFailuresError(f"{path}:{number}: wanted 'ID  # reason', found {line!r}: say why it fails")
+        if name in out:
+            raise ExpectedFailuresError(f"{path}:{number}: {name!r} is there twice")
+        out[name] = reason
+    return out
+
+
+def reason_for(expected: Mapping[str, str], name: str) -> str | None:
+    """Why the test with the id `name` is expected to fail, or None."""
+    return expected.get(name, expected.get(name.partition("[")[0]))
+
+
+def unknown(expected: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those lines that no test of `names` answers to."""
+    there = set(names) | {name.partition("[")[0] for name in names}
+    return [line for line in expected if line not in there]

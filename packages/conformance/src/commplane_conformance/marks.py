@@ -1,0 +1,82 @@
+"""What a test of the kit says of itself: which clauses it proves, and what a backend must declare for it to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pytest
+
+from commplane.api import BackendSpec, Capability, Numerics
+
+__all__ = ["MARKERS", "Needs", "at_least", "clause", "clauses_of", "needs", "needs_of", "numerics", "since"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MARKERS = {
+    "clause(*numbers)": "clauses of docs/semantics.md that the test proves, such as S13",
+    "needs(*capabilities)": "the backend has to declare these, else the test is skipped",
+    "numerics(kind)": "the backend has to promise this class of numerics, else the test is skipped",
+    "since(major, minor)": "the backend has to be made for this comm API or a later one, else the test is skipped",
+    "at_least(ranks)": "the smallest group that the test makes sense with",
+}
+
+
+def clause(*numbers: str) -> Callable[[F], F]:
+    """The test proves these clauses of docs/semantics.md."""
+    return pytest.mark.clause(*numbers)
+
+
+def needs(*capabilities: Capability) -> Callable[[F], F]:
+    """The test is for backends that declare all of these."""
+    return pytest.mark.needs(*capabilities)
+
+
+def numerics(kind: Numerics) -> Callable[[F], F]:
+    """The test is for backends that promise this class."""
+    return pytest.mark.numerics(kind)
+
+
+def since(major: int, minor: int) -> Callable[[F], F]:
+    """The test is for backends made for this version of the comm API or a later one of the same major."""
+    return pytest.mark.since(major, minor)
+
+
+def at_least(ranks: int) -> Callable[[F], F]:
+    """The test needs this many ranks."""
+    return pytest.mark.at_least(ranks)
+
+
+def clauses_of(item: pytest.Item) -> list[str]:
+    """The clauses that a test cites, the module's own among them."""
+    numbers = {number for mark in item.iter_markers("clause") for number in mark.args}
+    return sorted(numbers, key=lambda n: int(n[1:]))
+
+
+def needs_of(item: pytest.Item) -> list[Capability]:
+    """The capabilities that a test exercises."""
+    found = {capability for mark in item.iter_markers("needs") for capability in mark.args}
+    return [c for c in Capability if c in found]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Why a test does not run for a backend."""
+
+    spec: BackendSpec
+
+    def refusal(self, item: pytest.Item) -> str | None:
+        """What the backend lacks for `item`, or None."""
+        name = self.spec.name
+        missing = [str(c) for c in needs_of(item) if c not in self.spec.capabilities]
+        if missing:
+            return f"{name} does not declare the capability {' and '.join(missing)}"
+        for mark in item.iter_markers("since"):
+            wanted: Sequence[int] = mark.args
+            if tuple(self.spec.api) < tuple(wanted):
+                return f"since comm API {wanted[0]}.{wanted[1]}, {name} is made for {self.spec.api[0]}.{self.spec.api[1]}"
+        for mark in item.iter_markers("numerics"):
+            if self.spec.numerics is not mark.args[0]:
+                return f"for numerics {mark.args[0]}, {name} declares {self.spec.numerics}"
+        return None

@@ -1,0 +1,90 @@
+"""The backend under test, as its wheel declares it. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from commplane.api import BackendSpec
+from commplane.config import Config
+from commplane.errors import CommplaneError
+from commplane.plugins import PluginHost, core_version
+
+__all__ = ["Subject", "find_subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is proved.
+
+    Attributes:
+        spec: as the plugin registered it.
+        dist: the distribution and its version.
+        device: where its tensors are in this run, ``cpu`` or ``cuda``.
+        ranks: sizes of the groups.
+        full: whether all cases are run.
+    """
+
+    spec: BackendSpec
+    dist: str
+    device: str
+    ranks: tuple[int, ...]
+    full: bool
+
+    @property
+    def name(self) -> str:
+        """Of the backend."""
+        return self.spec.name
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those it declares, in the order of the alphabet; where it declares every one, those that all of commplane knows."""
+        return tuple(sorted(self.spec.dtypes or _EVERY_DTYPE))
+
+    def ops(self, dtype: str) -> tuple[str, ...]:
+        """The reductions that it has for `dtype`: a mean is for floating-point numbers only."""
+        return tuple(op for op in ("sum", "min", "max", "avg") if op in self.spec.ops and (op != "avg" or "float" in dtype))
+
+    def describe(self) -> str:
+        """One line for the head of a report."""
+        api = ".".join(map(str, self.spec.api))
+        ranks = ",".join(map(str, self.ranks))
+        return f"{self.name} from {self.dist}, comm API {api}, commplane {core_version()}, {ranks} ranks, {self.device}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "backend": self.name,
+            "dist": self.dist,
+            "commplane": core_version(),
+            "device": self.device,
+            "ranks": list(self.ranks),
+            "full": self.full,
+            "spec": self.spec.to_json(),
+        }
+
+
+_EVERY_DTYPE = ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64")
+
+
+def find_subject(name: str, ranks: tuple[int, ...], device: str | None, full: bool) -> Subject:
+    """The installed backend of that name.
+
+    Raises:
+        PluginError: it is not installed or cannot be used; the text lists what there is.
+        CommplaneError: it does not serve any of the sizes of a group, or not the device.
+    """
+    host = PluginHost.discover(Config.load({}))
+    host.require([name])
+    found = host.backends()[name]
+    spec = found.spec
+    assert isinstance(spec, BackendSpec)
+    where = device or ("cpu" if spec.device == "any" else spec.device)
+    if spec.device not in ("any", where):
+        raise CommplaneError(f"backend {name!r} serves device {spec.device}, found --commplane-device {where}")
+    most = spec.max_world_size
+    served = tuple(n for n in ranks if n >= max(2, spec.min_world_size) and (most is None or n <= most))
+    if not served:
+        bounds = f"{spec.min_world_size} to {most or 'any number of'}"
+        raise CommplaneError(f"backend {name!r} serves groups of {bounds} ranks, found --commplane-ranks {ranks}")
+    return Subject(spec, f"{found.dist or found.plugin} {found.version}", where, served, full)
