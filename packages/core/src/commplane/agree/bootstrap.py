@@ -1,33 +1,48 @@
 """The control plane over a `torch.distributed.Store`: gather at a leader, one publication a round.
 
-Each rank writes one key and reads one; the leader, group rank 0, reads all keys and publishes the list. The cost of a round
-grows linearly with ranks. The result of a round is decided once, by an atomic compare-and-set on its publication: either the
-leader publishes the values, or the first rank whose patience ended publishes who is missing. So all ranks see one outcome.
+Each rank adds one line to a key that the leader, group rank 0, reads; at another key the leader publishes all values, each
+different one once. The messages of a round grow linearly with ranks, also while some are late. The result of a round is decided
+once, by an atomic compare-and-set on its publication: either the leader publishes the values, or the first rank whose patience
+ended publishes who is missing. So all ranks see one outcome.
 
 torch is not imported here: any object with the methods of a c10d Store will do.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 from commplane.agree.clock import Clock
 from commplane.agree.guard import Activity, CaptureGuard
+from commplane.agree.pack import pack, unpack
 from commplane.agree.store import BoundedStore
+from commplane.agree.watch import Watch
 from commplane.errors import AgreementError, CommplaneError, PeerError
+from commplane.select import Gathered
 
 __all__ = ["PeerFailed", "StoreBootstrap"]
 
 # Waiting is polling, with pauses that grow with the time waited. A blocking wait of a c10d TCPStore cannot be interrupted,
 # holds its client against other threads of the process, and prints warnings when it times out. A pause is a third of the
-# time waited so far: a rank that comes after t is noticed by 4/3 t, and a thousand ranks that wait for one ask the store a
-# few times a second each.
+# time waited so far: a rank that comes after t is noticed by 4/3 t. A store makes one call after the other, some 25 us each, so
+# that nothing can be there before it has heard of every rank; and ranks that wait for one that is late leave it time to spare.
 _FIRST_PAUSE_S = 0.0001
+_FIRST_PAUSE_PER_RANK_S = 0.000025
 _LONGEST_PAUSE_S = 0.25
+_LONGEST_PAUSE_PER_RANK_S = 0.0005
+# A record longer than this lies at a key of its own, named by its hash: the leader, which looks at all records until the last is
+# there, reads equal ones once.
+_LONG_RECORD = 1024
 # How often ranks that are late are looked up for a reason why they will never come.
 _LOOK_EVERY_S = 0.5
+
+
+# What may be one object for all ranks, because nobody can change it.
+_PLAIN = (str, int, float, type(None))
 
 
 class PeerFailed(AgreementError):
@@ -77,7 +92,9 @@ class StoreBootstrap:
         self._dead = dead
         self._seq = 0
         self._error: CommplaneError | None = None
-        self._look_at = 0.0  # when `peer_failed` looks for ranks that have ended the next time
+        self._ask_at = 0.0  # when `peer_failed` asks the store the next time
+        self._look_at = 0.0  # when it looks for ranks that have ended
+        self._used: list[str] = []  # keys of the round before, which this rank removes
 
     @property
     def rank(self) -> int:
@@ -135,6 +152,10 @@ class StoreBootstrap:
 
     def all_gather(self, value: Any, *, what: str, timeout: float | None = None) -> list[Any]:
         """Every rank's value, in group order. Collective."""
+        return [v if isinstance(v, _PLAIN) else deepcopy(v) for v in self._round(value, what, timeout)]
+
+    def gather(self, value: Any, *, what: str, timeout: float | None = None) -> Gathered:
+        """`all_gather` for a thousand ranks that mostly say the same: equal values are one object. Collective."""
         return self._round(value, what, timeout)
 
     def broadcast(self, value: Any, *, src: int = 0, what: str, timeout: float | None = None) -> Any:
@@ -153,7 +174,7 @@ class StoreBootstrap:
         base = f"{self._prefix}/{self._seq}"
         outcome = json.dumps({"failed": {str(self._rank): reason}})
         try:
-            self._store.set(f"{base}/{self._rank}", json.dumps({"failed": reason}))
+            self._store.append(f"{base}/in", self._line(json.dumps({"failed": reason})))
             self._store.decide(f"{self._prefix}/failed", outcome)
             # The leader's own failure has no reader but the publication itself.
             if self._rank == 0:
@@ -165,13 +186,16 @@ class StoreBootstrap:
         """Whether some rank has called `fail` or has ended, for one that waits outside of a round. Local, does not wait."""
         if self.world_size == 1:
             return None
-        key = f"{self._prefix}/failed"
+        now = self._clock.now()
+        if now < self._ask_at:
+            return None
+        self._ask_at = now + _LONGEST_PAUSE_PER_RANK_S * self.world_size
         try:
-            if self._store.check([key]):
-                return self._as_error(json.loads(self._store.get(key)), "stops")
+            said = self._store.peek(f"{self._prefix}/failed")
         except PeerError as lost:
             return lost
-        now = self._clock.now()
+        if said:
+            return self._as_error(json.loads(said), "stops")
         if now < self._look_at:
             return None
         self._look_at = now + _LOOK_EVERY_S
@@ -187,25 +211,28 @@ class StoreBootstrap:
         if self.world_size == 1:
             return
         base = f"{self._prefix}/farewell"
-        if self._rank != 0:
-            self._store.set(f"{base}/{self._rank}", "1")
-            return
-        self._wait([f"{base}/{r}" for r in range(1, self.world_size)], self._clock.now() + timeout, base)
+        self._store.append(f"{base}/in", self._line("{}"), wait=True)  # this process may end when it is out
+        if self._rank == 0:
+            self._wait(f"{base}/in", self._complete, self._clock.now() + timeout, base)
 
     # One round.
 
-    def _round(self, value: Any, what: str, timeout: float | None) -> list[Any]:
+    def _round(self, value: Any, what: str, timeout: float | None) -> Gathered:
         self._guard.check(f"{self._who} {what}")
         if self._error is not None:
             raise self._error
         if self.world_size == 1:
-            return [value]
+            return Gathered([(value, (0,))], 1)
         base = f"{self._prefix}/{self._seq}"
         patience = self._timeout if timeout is None else timeout
         deadline = self._clock.now() + patience
         record = json.dumps({"value": value, "what": what})
         try:
-            self._store.set(f"{base}/{self._rank}", record)
+            if len(record) > _LONG_RECORD:
+                name = f"{base}/{hashlib.sha256(record.encode()).hexdigest()}"
+                self._store.post(name, record)
+                record = json.dumps({"at": name})
+            self._store.append(f"{base}/in", self._line(record))
             outcome = self._lead(base, patience, deadline) if self._rank == 0 else self._follow(base, patience, deadline)
         except PeerError as lost:
             self._error = PeerError(f"{self._who} {what}: {lost}", [self._ranks[0]] if self._rank else [])
@@ -215,34 +242,55 @@ class StoreBootstrap:
             raise
         self._seq += 1
         if "values" in outcome:
-            return list(outcome["values"])
+            return unpack(outcome["values"])
         self._error = self._as_error(outcome, what)
         raise self._error
 
+    def _line(self, record: str) -> str:
+        return f"{self._rank} {record}\n"
+
+    def _lines(self, found: bytes) -> list[tuple[int, str]]:
+        """Group rank and record of each line that ranks have added, in the order in which they came."""
+        return [(int(rank), record) for rank, _, record in (line.partition(" ") for line in found.decode().splitlines())]
+
+    def _complete(self, found: bytes) -> bool:
+        """Whether every rank has added its line. One that failed after it had come has added two."""
+        return found.count(b"\n") >= self.world_size and len({r for r, _ in self._lines(found)}) == self.world_size
+
     def _lead(self, base: str, patience: float, deadline: float) -> dict[str, Any]:
-        keys = [f"{base}/{r}" for r in range(self.world_size)]
-        stuck = self._wait(keys, deadline, base)
+        found, stuck = self._wait(f"{base}/in", self._complete, deadline, base)
         if stuck is not None:
             return self._publish(base, stuck | {"patience": patience})
-        records = [json.loads(raw) for raw in self._store.get_all(keys)]
-        failed = {str(r): record["failed"] for r, record in enumerate(records) if "failed" in record}
+        ranks_of: dict[str, list[int]] = {}
+        for r, text in self._lines(found):
+            ranks_of.setdefault(text, []).append(r)
+        records = {text: json.loads(text) for text in ranks_of}
+        used = [f"{base}/in", f"{base}/all", f"{base}/watch"]
+        long = {text: record["at"] for text, record in records.items() if "at" in record}
+        if long:
+            used += long.values()
+            records |= zip(long, map(json.loads, self._store.get_all(list(long.values()))), strict=True)
+        failed = {str(r): record["failed"] for text, record in records.items() if "failed" in record for r in ranks_of[text]}
         if failed:
             return self._publish(base, {"failed": failed})
-        steps = {self._ranks[r]: record["what"] for r, record in enumerate(records)}
-        if len(set(steps.values())) > 1:
-            shown = ", ".join(f"rank {r} in {what!r}" for r, what in steps.items())
+        text_of = {r: text for text, ranks in ranks_of.items() for r in ranks}
+        index: dict[str, int] = {}
+        at = [index.setdefault(text_of[r], len(index)) for r in range(self.world_size)]
+        said = [records[text] for text in index]
+        if len({record["what"] for record in said}) > 1:
+            shown = ", ".join(f"rank {self._ranks[r]} in {said[i]['what']!r}" for r, i in enumerate(at))
             return self._publish(base, {"conflict": f"ranks make different calls: {shown}"})
-        outcome = self._publish(base, {"values": [record["value"] for record in records]})
-        if self._seq:  # all ranks are past the publication before this one: nobody reads it any more
-            old = f"{self._prefix}/{self._seq - 1}"
-            self._store.delete([*(f"{old}/{r}" for r in range(self.world_size)), f"{old}/all"])
+        outcome = self._publish(base, {"values": pack([record["value"] for record in said], at)})
+        # All ranks are past the publication before this one: nobody reads it any more.
+        self._store.delete(self._used)
+        self._used = used
         return outcome
 
     def _follow(self, base: str, patience: float, deadline: float) -> dict[str, Any]:
-        stuck = self._wait([f"{base}/all"], deadline, base)
+        found, stuck = self._wait(f"{base}/all", bool, deadline, base)
         if stuck is not None:
             return self._publish(base, stuck | {"patience": patience})
-        outcome: dict[str, Any] = json.loads(self._store.get(f"{base}/all"))
+        outcome: dict[str, Any] = json.loads(found)
         return outcome
 
     def _publish(self, base: str, outcome: dict[str, Any]) -> dict[str, Any]:
@@ -252,39 +300,51 @@ class StoreBootstrap:
 
     def _absent(self, base: str) -> list[int]:
         """Group ranks that have not come to the round at `base`."""
-        return [r for r in range(self.world_size) if r != self._rank and not self._store.check([f"{base}/{r}"])]
+        here = {r for r, _ in self._lines(self._store.peek(f"{base}/in"))}
+        return [r for r in range(self.world_size) if r != self._rank and r not in here]
 
     def _leader(self) -> list[int]:
         """Group rank 0 as one that is waited for: its record may be there, and what it has to publish is not."""
         return [0] if self._rank else []
 
-    def _wait(self, keys: Sequence[str], deadline: float, base: str) -> dict[str, Any] | None:
-        """Wait for all `keys`. None when they are there, else the outcome to publish for the round at `base`."""
+    def _wait(self, key: str, enough: Callable[[bytes], bool], deadline: float, base: str) -> tuple[bytes, dict[str, Any] | None]:
+        """Wait until what is at `key` is `enough`: that, and else the outcome to publish for the round at `base`."""
         began = self._clock.now()
         look_at = began + _LOOK_EVERY_S
-        while not self._store.check(keys):
+        watch = Watch(self._store, f"{base}/watch", self._rank, self._ranks)
+        shortest = max(_FIRST_PAUSE_S, _FIRST_PAUSE_PER_RANK_S * self.world_size)
+        longest = max(_LONGEST_PAUSE_S, _LONGEST_PAUSE_PER_RANK_S * self.world_size)
+        if shortest > _FIRST_PAUSE_S:
+            self._clock.sleep(min(shortest, deadline - began))
+        while not enough(found := self._store.peek(key)):
             now = self._clock.now()
             if now >= deadline:
-                return {"missing": self._absent(base) or self._leader()}
+                return b"", {"missing": self._absent(base) or self._leader()}
             if now >= look_at:
                 look_at = now + _LOOK_EVERY_S
-                hopeless = self._look(base)
+                hopeless = self._look(base, watch)
                 if hopeless is not None:
-                    return hopeless
-            self._clock.sleep(min(max((now - began) / 3, _FIRST_PAUSE_S), _LONGEST_PAUSE_S, deadline - now))
-        return None
+                    return b"", hopeless
+            self._clock.sleep(min(max((now - began) / 3, shortest), longest, deadline - now))
+        return found, None
 
-    def _look(self, base: str) -> dict[str, Any] | None:
+    def _look(self, base: str, watch: Watch) -> dict[str, Any] | None:
         """Why waiting any longer is of no use, as the outcome of the round; None if it may still be."""
-        if self._store.check([f"{base}/all"]):  # another rank has decided the round
+        if self._store.peek(f"{base}/all"):  # another rank has decided the round
             return {}
-        absent = self._absent(base)
-        awaited = sorted({*absent, *self._leader()})
-        ended = set(self._dead([self._ranks[r] for r in awaited]))
-        gone = [r for r in awaited if self._ranks[r] in ended or (self._activity.read(self._ranks[r]) or {}).get("gone")]
-        if gone:
-            return {"missing": gone, "ended": [self._ranks[r] for r in gone]}
-        reason = self._conflict([self._ranks[r] for r in absent]) if self._conflict is not None else None
+        suspects = watch.asked() if not watch.my_turn() else None
+        if suspects is None:
+            suspects = self._absent(base)
+            awaited = sorted({*suspects, *self._leader()})
+            notes = {r: self._activity.read(self._ranks[r]) for r in awaited}
+            ended = set(self._dead([self._ranks[r] for r in awaited]))
+            gone = [r for r in awaited if self._ranks[r] in ended or (notes[r] or {}).get("gone")]
+            if gone:
+                return {"missing": gone, "ended": [self._ranks[r] for r in gone]}
+            watch.ask(suspects, notes)
+        if self._conflict is None or not suspects:
+            return None
+        reason = self._conflict([self._ranks[r] for r in suspects])
         return None if reason is None else {"conflict": reason}
 
     def _as_error(self, outcome: dict[str, Any], what: str) -> CommplaneError:

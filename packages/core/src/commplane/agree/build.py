@@ -11,7 +11,7 @@ from commplane.agree.bounded import Abandoned, Stalled, call_bounded
 from commplane.api import BackendSpec, BuildContext, CommBackend
 from commplane.errors import AgreementError, CommplaneError, PeerError
 from commplane.notice import notice
-from commplane.select import Candidate, difference
+from commplane.select import Candidate, disagreement
 
 __all__ = ["Attempt", "Setback", "build_backend", "close_backend", "joint_verdict", "setback"]
 
@@ -48,8 +48,10 @@ def joint_verdict(
         PeerError: a rank did not vote.
     """
     vote = {"problem": problem and problem.text, "derived": problem is not None and problem.derived, "digest": digest}
-    votes = bootstrap.all_gather(vote, what=f"vote on {what}", timeout=timeout)
-    failed = [(rank, v) for rank, v in zip(bootstrap.ranks, votes, strict=True) if v["problem"] is not None]
+    ranks = bootstrap.ranks
+    votes = bootstrap.gather(vote, what=f"vote on {what}", timeout=timeout).groups
+    places = sorted((i, number) for number, (v, at) in enumerate(votes) if v["problem"] is not None for i in at)
+    failed = [(ranks[i], votes[number][0]) for i, number in places]
     causes = [(rank, v["problem"]) for rank, v in failed if not v["derived"]]
     reasons: dict[str, list[int]] = {}
     for rank, reason in causes or [(rank, v["problem"]) for rank, v in failed]:
@@ -59,7 +61,7 @@ def joint_verdict(
             f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {reason}"
             for reason, ranks in reasons.items()
         )
-    text = difference(f"the plan before {what}", dict(zip(bootstrap.ranks, (v["digest"] for v in votes), strict=True)))
+    text = disagreement(f"the plan before {what}", [(v["digest"], [ranks[i] for i in at]) for v, at in votes])
     if text is not None:
         raise AgreementError(f"{text}; does a commplane_select_backend hook answer differently on some rank?")
     return None

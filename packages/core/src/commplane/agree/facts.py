@@ -87,13 +87,13 @@ def exchange_facts(bootstrap: StoreBootstrap, host_alias: str) -> Facts:
     """
     sweep()
     mine = observe(bootstrap.rank)
-    hello = bootstrap.all_gather({"facts": mine.to_json(), "alias": host_alias}, what="facts")
+    hello = bootstrap.gather({"facts": mine.to_json(), "alias": host_alias}, what="facts")
     aliases: Sequence[str] = [h["alias"] for h in hello]
     proof = ProofSegment()
     try:
-        segments = bootstrap.all_gather([proof.name, proof.digest], what="shared-memory proof")
+        segments = bootstrap.gather([proof.name, proof.digest], what="shared-memory proof")
         domain = next((r for r, s in enumerate(segments) if aliases[r] == host_alias and maps(*s)), None)
-        domains = bootstrap.all_gather(domain, what="shared-memory proof, answers")
+        domains = bootstrap.gather(domain, what="shared-memory proof, answers")
     except BaseException:
         sweep()  # a peer may have been killed before it could remove its name
         raise

@@ -72,8 +72,8 @@ class Activity:
 
     def read(self, rank: int) -> dict[str, Any] | None:
         """The note of another rank, or None if it left none."""
-        key = f"{self._prefix}/{rank}"
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+        found = self._store.peek(f"{self._prefix}/{rank}")
+        return json.loads(found) if found else None
 
     def conflict(self, mine: GroupKey, waiting_for: Sequence[int], begun: Callable[[str], int]) -> str | None:
         """A reason why forming `mine` can never end: a peer waits for us in a communicator that we have not begun to form.

@@ -35,9 +35,24 @@ class BoundedStore:
         """Store `value`."""
         self._call(lambda: self.raw.set(key, value))
 
+    def append(self, key: str, text: str, *, wait: bool = False) -> None:
+        """Add to the end of what is at `key`. Without `wait`, if it fails or hangs, the call after it does."""
+        (self._call if wait else self._post)(
+            lambda: self.raw.append(key, text) if self.raw.has_extended_api() else self._join(key, text)
+        )
+
+    def post(self, key: str, value: str) -> None:
+        """`set` that is not waited for, like `append`."""
+        self._post(lambda: self.raw.set(key, value))
+
     def get(self, key: str) -> bytes:
         """The value of a key that exists."""
         return self._call(lambda: self.raw.get(key))  # type: ignore[no-any-return]
+
+    def peek(self, key: str) -> bytes:
+        """The value of a key, empty if there is none. One message; `get` is two, and `check` before it a third."""
+        # A decision that changes nothing: it leaves an empty value behind, which counts as none wherever it is read.
+        return self._call(lambda: self.raw.compare_set(key, "", ""))  # type: ignore[no-any-return]
 
     def get_all(self, keys: Sequence[str]) -> list[bytes]:
         """The values of keys that exist; one message where the store can."""
@@ -51,15 +66,37 @@ class BoundedStore:
 
     def decide(self, key: str, value: str) -> bytes:
         """Set `key` unless it has a value; the value that it has then."""
-        return self._call(lambda: self.raw.compare_set(key, "", value))  # type: ignore[no-any-return]
+        return self.swap(key, "", value)
+
+    def swap(self, key: str, expected: str, value: str) -> bytes:
+        """Set `key` if its value is `expected`; the value that it has then."""
+        return self._call(lambda: self.raw.compare_set(key, expected, value))  # type: ignore[no-any-return]
 
     def add(self, key: str, amount: int) -> int:
         """Add to a counter; its new value."""
         return int(self._call(lambda: self.raw.add(key, amount)))
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove keys."""
-        self._call(lambda: [self.raw.delete_key(key) for key in keys])
+        """Remove keys. Not waited for, like `append`."""
+        for key in keys:  # one by one, so that a call of another thread waits for one of them at most
+            self._post(lambda key=key: self.raw.delete_key(key))  # type: ignore[misc]
+
+    def _join(self, key: str, text: str) -> None:
+        """`append` for a store that has none."""
+        before = self.raw.compare_set(key, "", "").decode()
+        while (found := self.raw.compare_set(key, before, before + text).decode()) != before + text:
+            before = found
+
+    def _post(self, function: Callable[[], object]) -> None:
+        def call() -> None:
+            try:
+                function()
+            except Exception as error:  # the calls that are waited for raise it
+                self._lost = self._lost or f"the store does not answer, its host, rank 0 or the launcher, is likely gone: {error}"
+
+        if self._lost is not None:
+            raise PeerError(self._lost)
+        self._worker.submit(call)
 
     def _call(self, function: Callable[[], Any]) -> Any:
         if self._lost is not None:

@@ -11,7 +11,7 @@ from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, Fact
 from commplane.config import Config
 from commplane.errors import AgreementError, CommplaneWarning, SelectionError
 from commplane.plugins import PluginHost
-from commplane.select import LAST_RESORT, Candidate, Draft, Plan, choose, compile_routes, difference
+from commplane.select import LAST_RESORT, Candidate, Draft, Plan, choose, compile_routes, disagreement
 
 __all__ = ["Formation"]
 
@@ -70,7 +70,7 @@ class Formation:
             "backends": verdicts,
         }
         # A probe may take its whole deadline on one rank.
-        submissions = self._bootstrap.all_gather(mine, what="agreement", timeout=2 * self._config.startup)
+        submissions = self._bootstrap.gather(mine, what="agreement", timeout=2 * self._config.startup)
         draft = choose(self._key, submissions)
         answer, problem = None, None
         try:
@@ -137,10 +137,8 @@ class Formation:
             numerics = self._config.numerics
             plan = Plan(self._key, (*outcomes, *refused), compile_routes(specs, numerics), specs, numerics)  # type: ignore[arg-type]
             self._warn_of_refusals(plan)
-            text = difference(
-                "the plan",
-                dict(zip(self._key.ranks, self._bootstrap.all_gather(plan.digest, what="commit"), strict=True)),
-            )
+            digests = self._bootstrap.gather(plan.digest, what="commit").groups
+            text = disagreement("the plan", [(digest, [self._key.ranks[i] for i in at]) for digest, at in digests])
             if text is not None:
                 raise AgreementError(f"[{self._key.purpose}] {text}")
             if not built:

@@ -24,7 +24,7 @@ def compare(world: StoreBootstrap, plugins: PluginHost, config: Config) -> str:
         "config": {"world_size": world.world_size, **config.shared()},
         "job": new_job() if world.rank == 0 else None,
     }
-    everyone = world.all_gather(mine, what="comparison of plugins and settings")
+    everyone = world.gather(mine, what="comparison of plugins and settings")
     problems = [
         text
         for what, key in (("installed plugins", "plugins"), ("settings", "config"))

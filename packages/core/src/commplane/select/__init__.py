@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from commplane.select.choose import LAST_RESORT, Draft, choose, difference, static_refusal
+from commplane.select.alike import Gathered, alike
+from commplane.select.choose import LAST_RESORT, Draft, choose, difference, disagreement, static_refusal
 from commplane.select.plan import Candidate, Explanation, Plan, Route, compile_routes
 
 __all__ = [
@@ -10,10 +11,13 @@ __all__ = [
     "Candidate",
     "Draft",
     "Explanation",
+    "Gathered",
     "Plan",
     "Route",
+    "alike",
     "choose",
     "compile_routes",
     "difference",
+    "disagreement",
     "static_refusal",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from commplane.api import BackendSpec, GroupKey
 from commplane.errors import AgreementError
+from commplane.select.alike import alike
 from commplane.select.plan import Candidate
 
 __all__ = ["LAST_RESORT", "Draft", "choose", "difference", "static_refusal"]
@@ -41,14 +42,12 @@ def difference(what: str, values: Mapping[int, Any]) -> str | None:
 
     Of two mappings, only the entries that differ are shown.
     """
-    groups: list[tuple[Any, list[int]]] = []
-    for rank, value in values.items():
-        for known, ranks in groups:
-            if known == value:
-                ranks.append(rank)
-                break
-        else:
-            groups.append((value, [rank]))
+    ranks = list(values)
+    return disagreement(what, [(value, [ranks[i] for i in at]) for value, at in alike(list(values.values()))])
+
+
+def disagreement(what: str, groups: Sequence[tuple[Any, Sequence[int]]]) -> str | None:
+    """`difference` of values that are grouped already, each with the global ranks that have it. Pure."""
     if len(groups) < 2:
         return None
     if all(isinstance(v, dict) for v, _ in groups):
@@ -77,17 +76,19 @@ def choose(key: GroupKey, submissions: Sequence[Mapping[str, Any]]) -> Draft:
     Raises:
         AgreementError: the ranks asked for different things.
     """
-    by_rank = dict(zip(key.ranks, submissions, strict=True))
-    text = difference("the communicator", {r: s["request"] for r, s in by_rank.items()})
+    if len(submissions) != len(key.ranks):
+        raise ValueError(f"submissions are shorter or longer than the group: wanted {len(key.ranks)}, found {len(submissions)}")
+    said = [(s, [key.ranks[i] for i in at]) for s, at in alike(submissions)]
+    text = disagreement("the communicator", _merge([(s["request"], ranks) for s, ranks in said]))
     if text is not None:
         raise AgreementError(f"[{key.purpose}] {text}; every rank must make the same call")
-    names = sorted({name for s in submissions for name in s["backends"]})
+    names = sorted({name for s, _ in said for name in s["backends"]})
     usable: dict[str, Mapping[str, Any]] = {}
     refused: list[Candidate] = []
     for name in names:
-        entries = {r: s["backends"].get(name) for r, s in by_rank.items()}
-        some = next(e for e in entries.values() if e is not None)
-        reason = _refusal(name, entries)
+        entries = [(s["backends"].get(name), ranks) for s, ranks in said]
+        some = next(e for e, _ in entries if e is not None)
+        reason = _refusal(name, entries, key.ranks)
         if reason is None:
             usable[name] = some
         else:
@@ -104,33 +105,45 @@ def choose(key: GroupKey, submissions: Sequence[Mapping[str, Any]]) -> Draft:
         order = sorted((n for n in usable if n != LAST_RESORT), key=lambda n: (-usable[n]["spec"]["priority"], n))
     if LAST_RESORT in usable:
         order.append(LAST_RESORT)
-    facts = {n: _merge_facts({r: s["backends"][n].get("facts", {}) for r, s in by_rank.items()}) for n in order}
+    facts = {n: _merge_facts([(s["backends"][n].get("facts", {}), ranks) for s, ranks in said], key.ranks) for n in order}
     return Draft(tuple(order), tuple(refused), facts)
 
 
-def _merge_facts(by_rank: Mapping[int, Mapping[str, str]]) -> dict[str, str]:
+# What holds for several ranks: a value, and the global ranks that have it.
+_Groups = Sequence[tuple[Any, Sequence[int]]]
+
+
+def _merge(groups: _Groups) -> list[tuple[Any, list[int]]]:
+    """The same with equal values together."""
+    return [(value, [r for i in at for r in groups[i][1]]) for value, at in alike([value for value, _ in groups])]
+
+
+def _in_order(ranks: Sequence[int], order: Sequence[int]) -> list[int]:
+    """`ranks` in the order of the group."""
+    chosen = set(ranks)
+    return [r for r in order if r in chosen]
+
+
+def _merge_facts(groups: _Groups, order: Sequence[int]) -> dict[str, str]:
     """One text for each fact; where the ranks differ, what each found."""
     out = {}
-    for name in sorted({name for facts in by_rank.values() for name in facts}):
-        values = {rank: facts.get(name, "unknown") for rank, facts in by_rank.items()}
-        if len(set(values.values())) == 1:
-            out[name] = next(iter(values.values()))
+    for name in sorted({name for facts, _ in groups for name in facts}):
+        values = _merge([(facts.get(name, "unknown"), ranks) for facts, ranks in groups])
+        if len(values) == 1:
+            out[name] = values[0][0]
         else:
-            out[name] = "; ".join(f"rank {rank}: {value}" for rank, value in values.items())
+            by_rank = {rank: value for value, ranks in values for rank in ranks}
+            out[name] = "; ".join(f"rank {rank}: {by_rank[rank]}" for rank in order)
     return out
 
 
-def _refusal(name: str, entries: Mapping[int, Mapping[str, Any] | None]) -> str | None:
-    absent = [r for r, e in entries.items() if e is None]
+def _refusal(name: str, entries: _Groups, order: Sequence[int]) -> str | None:
+    absent = [r for e, ranks in entries if e is None for r in ranks]
     if absent:
-        return f"is not available on {_ranks(absent)}"
-    present: dict[int, Mapping[str, Any]] = {r: e for r, e in entries.items() if e is not None}
-    reasons: dict[str, list[int]] = {}
-    for rank, e in present.items():
-        if not e["usable"]:
-            reasons.setdefault(e["reason"], []).append(rank)
-    if len(reasons) == 1 and len(next(iter(reasons.values()))) == len(entries):
-        return next(iter(reasons))
+        return f"is not available on {_ranks(_in_order(absent, order))}"
+    reasons = _merge([(e["reason"], ranks) for e, ranks in entries if not e["usable"]])
+    if len(reasons) == 1 and len(reasons[0][1]) == len(order):
+        return str(reasons[0][0])
     if reasons:
-        return "; ".join(f"{_ranks(ranks)}: {reason}" for reason, ranks in reasons.items())
-    return difference(f"the spec of backend {name!r}", {r: e["spec"] for r, e in present.items()})
+        return "; ".join(f"{_ranks(_in_order(ranks, order))}: {reason}" for reason, ranks in reasons)
+    return disagreement(f"the spec of backend {name!r}", _merge([(e["spec"], ranks) for e, ranks in entries]))
