@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["ExpectedFailuresError", "read_expected", "test_id", "unknown"]
+import pytest
+
+__all__ = ["ExpectedFailuresError", "id_of", "read_expected", "reason_for", "unknown"]
 
 
 class ExpectedFailuresError(Exception):
     """The file of expected failures is wrong; the text says where."""
 
 
-def test_id(nodeid: str) -> str:
-    """The id of a test inside the kit, without the folders before it and without ``test_``: ``faults.py::test_x[2-ranks]``."""
-    path, _, rest = nodeid.partition("::")
-    return f"{path.rpartition('/')[2].removeprefix('test_')}::{rest}"
-
-
-test_id.__test__ = False  # type: ignore[attr-defined]  # not a test itself
+def id_of(item: pytest.Item) -> str:
+    """The id of a test inside the kit, whatever folder it lies in: ``faults.py::test_x[2-ranks]``."""
+    return f"{item.path.name.removeprefix('test_')}::{item.nodeid.partition('::')[2]}"
 
 
 def read_expected(path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from commplane_conformance import marks
-from commplane_conformance.expected import reason_for, test_id, unknown
+from commplane_conformance.expected import id_of, reason_for, unknown
 from commplane_conformance.subject import Subject
 
 __all__ = ["Report"]
@@ -35,11 +35,11 @@ class Report:
 
     def collected(self, item: pytest.Item) -> None:
         """A test of the kit is there, whether it will run or not."""
-        self._tests[test_id(item.nodeid)] = {"outcome": "not run", "clauses": marks.clauses_of(item)}
+        self._tests[id_of(item)] = {"outcome": "not run", "clauses": marks.clauses_of(item)}
 
     def expected_reason(self, item: pytest.Item) -> str | None:
         """Why `item` is expected to fail, or None."""
-        return reason_for(self._expected, test_id(item.nodeid))
+        return reason_for(self._expected, id_of(item))
 
     def unknown_expectations(self) -> list[str]:
         """Expected failures that name no test."""
@@ -47,14 +47,16 @@ class Report:
 
     def record(self, item: pytest.Item, outcome: pytest.TestReport) -> None:
         """One phase of a test has ended."""
-        entry = self._tests[test_id(item.nodeid)]
+        entry = self._tests[id_of(item)]
         if hasattr(outcome, "wasxfail"):
             entry.update(outcome="expected failure", reason=outcome.wasxfail)
         elif outcome.skipped:
             text = outcome.longrepr[2] if isinstance(outcome.longrepr, tuple) else str(outcome.longrepr)
             entry.update(outcome="skipped", reason=text.removeprefix("Skipped: "))
         elif outcome.failed:
-            entry.update(outcome="failed", reason=str(outcome.longreprtext).splitlines()[-1:], seconds=round(outcome.duration, 3))
+            crash = getattr(outcome.longrepr, "reprcrash", None)
+            text = outcome.longreprtext if crash is None else crash.message
+            entry.update(outcome="failed", reason=text, seconds=round(outcome.duration, 3))
         elif outcome.when == "call":
             entry.update(outcome="passed", seconds=round(outcome.duration, 3))
             self._exercise(item)

@@ -1,0 +1,66 @@
+"""What the tests of the kit share: a wheel of a subject on the path, and the kit run on it in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of the kit said: its exit code, its report as JSON (empty where it ended before the tests), and its output."""
+
+    code: int
+    report: dict[str, Any]
+    output: str
+
+    def outcome(self, test: str) -> str:
+        """Of one test, by its id in the kit."""
+        assert test in self.report["tests"], f"no test {test} among {list(self.report['tests'])}"
+        return str(self.report["tests"][test]["outcome"])
+
+
+Kit = Callable[..., Run]
+
+
+@pytest.fixture
+def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Kit:
+    """Install a plugin as a wheel of the name `subject` for the time of the test, and run the kit on it from an empty folder."""
+
+    def run(plugin: str, *options: str, tests: tuple[str, ...] = ("commplane_conformance",), backend: str = "subject") -> Run:
+        site = tmp_path / "site"
+        info = site / "subject-1.0.dist-info"
+        if not info.exists():
+            info.mkdir(parents=True)
+            (info / "METADATA").write_text("Metadata-Version: 2.1\nName: subject\nVersion: 1.0\n")
+            (tmp_path / "empty").mkdir()
+            (tmp_path / "empty" / "pytest.ini").write_text("[pytest]\n")
+        (info / "entry_points.txt").write_text(f"[commplane.plugins]\nsubject = {plugin}\n")
+        for folder in (str(site), str(HERE)):
+            monkeypatch.syspath_prepend(folder)
+        # The ranks get this process's path; what the kit starts with a fresh interpreter gets it from here.
+        inherited = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(HERE), *inherited]))
+        monkeypatch.chdir(tmp_path / "empty")
+        report = tmp_path / "report.json"
+        report.unlink(missing_ok=True)
+        arguments = ["--commplane-backend", backend] if backend else []
+        capfd.readouterr()
+        code = pytest.main(
+            ["-p", "no:cacheprovider", "--pyargs", *tests, *arguments, "--commplane-report", str(report), *options]
+        )
+        out, err = capfd.readouterr()
+        for name in [n for n in sys.modules if n.startswith(("wrong_", "lean_"))]:  # read anew for the next subject
+            del sys.modules[name]
+        return Run(int(code), json.loads(report.read_text()) if report.exists() else {}, out + err)
+
+    return run

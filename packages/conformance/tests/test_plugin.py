@@ -1,0 +1,131 @@
+"""The pytest plugin: its options, what is skipped and why, expected failures, the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Kit
+
+BITS = "commplane_conformance.comm.test_bits"
+LIFE = "commplane_conformance.comm.test_life"
+ZERO = f"{BITS}::test_the_sum_of_negative_zeros_is_negative_zero"
+ZERO_ID = "bits.py::test_the_sum_of_negative_zeros_is_negative_zero"
+LITERAL = f"{LIFE}::test_the_api_number_is_a_literal"
+LITERAL_ID = "life.py::test_the_api_number_is_a_literal"
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A file of expected failures, empty."""
+    return tmp_path / "expected.txt"
+
+
+def test_without_a_backend_the_tests_refuse_to_run(kit: Kit) -> None:
+    run = kit("wrong_plugins:Honest", backend="")
+    assert run.code == 4
+    assert "want --commplane-backend NAME" in run.output
+
+
+def test_an_unknown_backend_is_an_error_that_lists_what_there_is(kit: Kit) -> None:
+    run = kit("wrong_plugins:Honest", backend="subjcet")
+    assert run.code == 4
+    assert "'subjcet'" in run.output and "subject" in run.output and "torch" in run.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--commplane-ranks", "two"), "wanted numbers of ranks from 2 up"),
+        (("--commplane-ranks", "1,2"), "wanted numbers of ranks from 2 up"),
+        (("--commplane-device", "cuda"), "serves device cpu, found --commplane-device cuda"),
+        (("--commplane-expected-failures", "nothing.txt"), "'nothing.txt' does not exist"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(kit: Kit, options: tuple[str, ...], words: str) -> None:
+    run = kit("wrong_plugins:Honest", *options)
+    assert run.code == 4
+    assert words in run.output
+    assert "Traceback" not in run.output
+
+
+def test_the_head_and_the_report_say_what_was_tested(kit: Kit) -> None:
+    run = kit("wrong_plugins:Honest", "--commplane-ranks", "2,3", tests=(LITERAL,))
+    assert run.code == 0, run.output
+    assert "subject from subject 1.0, comm API 1.1" in run.output
+    assert (run.report["backend"], run.report["dist"], run.report["ranks"]) == ("subject", "subject 1.0", [2, 3])
+    assert run.report["summary"] == {"passed": 1}
+    assert run.report["tests"][LITERAL_ID]["clauses"] == ["S56"]
+
+
+def test_what_is_declared_and_not_exercised_is_reported(kit: Kit) -> None:
+    run = kit("wrong_plugins:Honest", "--commplane-ranks", "2", tests=(f"{ZERO}[float32-2-ranks]",))
+    assert run.code == 0, run.output
+    assert "dtype float32" not in run.report["unexercised"] and "capability all_reduce" not in run.report["unexercised"]
+    assert {"dtype float16", "capability barrier", "op max"} <= set(run.report["unexercised"])
+    assert "declared, but exercised by no test that passed: capability barrier" in run.output
+
+
+def test_a_test_that_failed_exercises_nothing(kit: Kit) -> None:
+    run = kit("wrong_plugins:AddsToZero", "--commplane-ranks", "2", tests=(f"{ZERO}[float32-2-ranks]",))
+    assert run.code == 1
+    assert {"dtype float32", "capability all_reduce"} <= set(run.report["unexercised"])
+    assert "the sum of 1 float32 of -0.0" in run.report["tests"][f"{ZERO_ID}[float32-2-ranks]"]["reason"]
+
+
+def test_skips_say_what_the_backend_lacks(kit: Kit) -> None:
+    modules = tuple(f"commplane_conformance.comm.test_{name}" for name in ("fused", "bits", "symmetric"))
+    run = kit("lean_plugins", "--commplane-ranks", "2", tests=modules)
+    assert run.code == 0, run.output
+    reasons = {entry.get("reason") for entry in run.report["tests"].values() if entry["outcome"] == "skipped"}
+    assert "subject does not declare the capability symmetric_memory" in reasons
+    assert "since comm API 1.1, subject is made for 1.0" in reasons
+    assert "for numerics rank_order, subject declares unordered" in reasons
+    assert all(reason in run.output for reason in reasons)
+
+
+def test_an_expected_failure_does_not_fail_the_run(kit: Kit, listed: Path) -> None:
+    listed.write_text(f"# known\n\n{ZERO_ID}  # the accumulator begins at 0.0\n")
+    run = kit("wrong_plugins:AddsToZero", "--commplane-ranks", "2", "--commplane-expected-failures", str(listed), tests=(ZERO,))
+    assert run.code == 0, run.output
+    entry = run.report["tests"][f"{ZERO_ID}[float32-2-ranks]"]
+    assert (entry["outcome"], entry["reason"]) == ("expected failure", "the accumulator begins at 0.0")
+
+
+def test_an_expected_failure_that_passes_fails_the_run(kit: Kit, listed: Path) -> None:
+    listed.write_text(f"{ZERO_ID}[float32-2-ranks]  # was fixed long ago\n")
+    run = kit("wrong_plugins:Honest", "--commplane-ranks", "2", "--commplane-expected-failures", str(listed), tests=(ZERO,))
+    assert run.code == 1
+    assert run.outcome(f"{ZERO_ID}[float32-2-ranks]") == "failed" and run.outcome(f"{ZERO_ID}[float64-2-ranks]") == "passed"
+    assert "was fixed long ago" in run.output
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("bits.py::test_of_nothing  # gone", "no test of the kit answers to: bits.py::test_of_nothing"),
+        (f"{ZERO_ID}[float32-9-ranks]  # gone", "float32-9-ranks"),
+        (f"{ZERO_ID}", "say why it fails"),
+        (f"{ZERO_ID}  # one\n{ZERO_ID}  # two", "is there twice"),
+    ],
+)
+def test_a_line_that_is_wrong_is_an_error(kit: Kit, listed: Path, line: str, words: str) -> None:
+    listed.write_text(f"{line}\n")
+    run = kit("wrong_plugins:Honest", "--commplane-ranks", "2", "--commplane-expected-failures", str(listed))
+    assert run.code == 4
+    assert words in run.output
+
+
+def test_the_file_may_be_named_in_the_configuration(kit: Kit, tmp_path: Path) -> None:
+    kit("wrong_plugins:Honest", backend="")  # makes the folder
+    (tmp_path / "empty" / "pytest.ini").write_text("[pytest]\ncommplane_expected_failures = known.txt\n")
+    (tmp_path / "empty" / "known.txt").write_text("bits.py::test_of_nothing  # gone\n")
+    run = kit("wrong_plugins:Honest", "--commplane-ranks", "2")
+    assert run.code == 4 and "bits.py::test_of_nothing" in run.output
+
+
+def test_a_backend_that_cannot_be_built_says_so_in_every_test_and_starts_once(kit: Kit) -> None:
+    run = kit("wrong_probe", "--commplane-ranks", "2", tests=(ZERO,))
+    assert run.code == 1
+    assert "only rank 0 has it" in run.output
+    assert {entry["outcome"] for entry in run.report["tests"].values()} == {"failed"}

@@ -1,0 +1,513 @@
+"""Backends that are wrong in one thing each, and the test of the kit that is meant to find it.
+
+Every one of them passes the canary, or is wrong where the canary does not look. The class docstring says what is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pluggy
+import torch
+import torch.distributed as dist
+from honest import LARGE, Honest
+from torch import Tensor
+
+from commplane.api import ReduceOp, owned_name
+from commplane.errors import PeerError
+
+CAUGHT_BY: dict[str, str] = {}
+"""Name of each wrong backend -> the test that is meant for it."""
+
+
+def caught_by(test: str) -> Any:
+    """Note the test that has to fail."""
+
+    def note(cls: type[Honest]) -> type[Honest]:
+        CAUGHT_BY[cls.__name__] = test
+        return cls
+
+    return note
+
+
+@caught_by("all_reduce::test_values[float16-sum-2-ranks]")
+class NoOpOnADtype(Honest):
+    """Larger float16 come back as they were (DeepSpeed's shared-memory kernel on dtypes it lacks)."""
+
+    def combine(self, parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+        if out.dtype is not torch.float16 or out.numel() < LARGE:
+            super().combine(parts, op, out)
+
+
+@caught_by("all_reduce::test_values[float32-max-2-ranks]")
+class IgnoresTheOp(Honest):
+    """Everything is a sum."""
+
+    def combine(self, parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+        super().combine(parts, ReduceOp.SUM if out.numel() >= LARGE else op, out)
+
+
+@caught_by("all_reduce::test_values[float32-avg-2-ranks]")
+class ForgetsToDivide(Honest):
+    """A mean of larger messages is a sum."""
+
+    def combine(self, parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+        super().combine(parts, ReduceOp.SUM if op is ReduceOp.AVG and out.numel() >= LARGE else op, out)
+
+
+@caught_by("all_reduce::test_values[int64-sum-2-ranks]")
+class OffByOne(Honest):
+    """The last element of an odd count is left out."""
+
+    def combine(self, parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+        end = out.numel() - (out.numel() % 2 if out.numel() >= LARGE else 0)
+        super().combine([p[:end] for p in parts], op, out[:end])
+
+
+@caught_by("all_reduce::test_values[int8-sum-2-ranks]")
+class Saturates(Honest):
+    """Integer sums stop at the largest number instead of wrapping."""
+
+    def combine(self, parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+        if out.is_floating_point() or op is not ReduceOp.SUM:
+            return super().combine(parts, op, out)
+        info = torch.iinfo(out.dtype)
+        total = torch.stack(parts).double().sum(0).clamp(info.min, info.max)
+        return out.copy_(total.to(out.dtype)) and None
+
+
+@caught_by("all_reduce::test_values[float32-sum-3-ranks]")
+class RoundsHalfway(Honest):
+    """Float32 goes over the wire as bfloat16."""
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        found = super().parts(flat)
+        return [p.bfloat16().float() for p in found] if flat.dtype is torch.float32 and len(flat) >= LARGE else found
+
+
+@caught_by("all_reduce::test_values[float64-sum-2-ranks]")
+class ChangesItsInput(Honest):
+    """Out of place is in place, and a copy."""
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        if tensor.numel() < LARGE:
+            return super().all_reduce(tensor, op)
+        return self.all_reduce_(tensor.detach(), op).clone()
+
+
+@caught_by("all_reduce::test_results_share_no_memory[2-ranks]")
+class HandsOutItsBuffer(Honest):
+    """Every result out of place is the same memory."""
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        out = self.buffer("out", tensor.numel(), tensor.dtype).view(tensor.shape)
+        return self.all_reduce_(out.copy_(tensor.detach()), op)
+
+
+@caught_by("all_reduce::test_nothing_is_written_beside_the_tensor[float32-2-ranks]")
+class WritesBeside(Honest):
+    """The store after the last vector is a whole vector."""
+
+    def into(self, tensor: Tensor, dense: Tensor) -> Tensor:
+        out = super().into(tensor, dense)
+        room = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
+        if tensor.is_contiguous() and room > tensor.numel() + 8:
+            torch.as_strided(tensor.detach(), (8,), (1,), tensor.storage_offset() + tensor.numel()).zero_()
+        return out
+
+
+@caught_by("all_reduce::test_any_layout[float32-sum-2-ranks]")
+class LosesTheCopy(Honest):
+    """What is not contiguous is reduced in a copy, and the original is returned (DeepSpeed again)."""
+
+    def into(self, tensor: Tensor, dense: Tensor) -> Tensor:
+        return tensor
+
+
+@caught_by("all_reduce::test_sizes_that_grow_and_shrink[float32-2-ranks]")
+class SeesOldData(Honest):
+    """A buffer that has grown: the end of a smaller message comes from the larger one before."""
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        kept = self._buffers.setdefault(("kept", flat.dtype), torch.zeros(0, dtype=flat.dtype))
+        if kept.numel() > flat.numel() >= 1000:
+            flat = flat.clone()
+            flat[-1] = kept[flat.numel() - 1]
+        elif flat.numel() > kept.numel():
+            self._buffers["kept", flat.dtype] = flat.clone()
+        return super().parts(flat)
+
+
+@caught_by("all_reduce::test_the_input_belongs_to_the_caller_when_the_call_returns[2-ranks]")
+class Races(Honest):
+    """Peers read this rank's memory, and nobody waits until they have read it."""
+
+    def open(self, context: Any) -> None:
+        super().open(context)
+        self.files = [Path(f"race-{context.key.digest}-{os.getppid()}-{r}") for r in self.ranks]
+        self.files[self.rank].write_bytes(bytes(1 << 20))
+        context.bootstrap.barrier(what="files")
+        self.slots = [torch.from_file(str(f), shared=True, size=1 << 18, dtype=torch.float32) for f in self.files]
+        context.bootstrap.barrier(what="slots")
+        self.files[self.rank].unlink()
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        if flat.dtype is not torch.float32 or not LARGE <= flat.numel() <= 1 << 18:
+            return super().parts(flat)
+        self.slots[self.rank][: flat.numel()] = flat
+        self.barrier()
+        if self.rank == 0:
+            time.sleep(0.002)  # a slow rank; the others are in their next call
+        return [slot[: flat.numel()] for slot in self.slots]
+
+
+@caught_by("all_reduce::test_collectives_are_outside_of_autograd[2-ranks]")
+class KeepsTheGraph(Honest):
+    """The result of a leaf requires grad."""
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        return super().all_reduce(tensor, op) + 0 * tensor if tensor.requires_grad else super().all_reduce(tensor, op)
+
+
+@caught_by("all_reduce::test_any_shape[float32-2-ranks]")
+class FlattensScalars(Honest):
+    """A scalar becomes a vector of one."""
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        return super().all_reduce(tensor.reshape(1) if tensor.dim() == 0 else tensor, op)
+
+
+@caught_by("collectives::test_all_gather[float32-2-ranks]")
+class GathersShort(Honest):
+    """The last row of another rank is missing in larger messages."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        out = super().all_gather(tensor)
+        if out.numel() >= 2 * LARGE:
+            out[-1] = 0
+        return out
+
+
+@caught_by("collectives::test_reduce_scatter[float32-sum-2-ranks]")
+class ScattersTheNext(Honest):
+    """Larger parts go to the next rank."""
+
+    def reduce_scatter(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        part = self.rank if tensor.numel() < LARGE else (self.rank + 1) % self.n
+        return self.all_reduce(tensor, op).chunk(self.n)[part].clone() if tensor.numel() else super().reduce_scatter(tensor, op)
+
+
+@caught_by("collectives::test_broadcast[bfloat16-2-ranks]")
+class BroadcastsFromZero(Honest):
+    """The source of larger messages is ignored."""
+
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        return super().broadcast(tensor, src if tensor.numel() < LARGE else 0)
+
+
+@caught_by("collectives::test_nobody_leaves_a_barrier_before_all_have_come[2-ranks]")
+class BarrierOfNone(Honest):
+    """A barrier that nobody waits at."""
+
+    def barrier(self) -> None:
+        return
+
+
+@caught_by("fused::test_values[bfloat16-2-ranks]")
+class RoundsOnce(Honest):
+    """The residual is added before the sum is rounded to the dtype."""
+
+    def all_reduce_rms_norm(
+        self, tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
+    ) -> tuple[Tensor, Tensor]:
+        norm, total = super().all_reduce_rms_norm(tensor, residual, weight, eps, weight_bias)
+        if total.numel():
+            wide = self.all_reduce(tensor.float(), ReduceOp.SUM) + residual.float()
+            total = wide.to(total.dtype) if total.dtype.itemsize == 2 else total
+        return norm, total
+
+
+@caught_by("bits::test_bits_are_equal_on_all_ranks_and_in_all_runs[float32-sum-3-ranks]")
+class RankRelativeOrder(Honest):
+    """Each rank begins with its own tensor (vLLM's CPU kernel)."""
+
+    def order(self, count: int) -> Sequence[int]:
+        return [(self.rank + i) % self.n for i in range(self.n)]
+
+
+@caught_by("bits::test_bits_are_equal_on_all_ranks_and_in_all_runs[bfloat16-sum-3-ranks]")
+class RankDependentChoice(Honest):
+    """Rank 0 has another algorithm, with a rounding in the middle."""
+
+    def combine(self, parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+        if self.rank or out.dtype is not torch.bfloat16 or op is not ReduceOp.SUM:
+            return super().combine(parts, op, out)
+        out.copy_(parts[0])
+        for part in parts[1:]:
+            out.add_(part)
+        return None
+
+
+@caught_by("bits::test_the_order_of_additions_does_not_depend_on_the_size[float32-3-ranks]")
+class SizeDependentOrder(Honest):
+    """Larger messages are added from the last rank to the first."""
+
+    def order(self, count: int) -> Sequence[int]:
+        return range(self.n)[::-1] if count > 1000 else range(self.n)
+
+
+@caught_by("bits::test_sums_are_in_the_order_of_group_ranks[3-ranks]")
+class GlobalRankOrder(Honest):
+    """Added in the order of global ranks, whatever the order of the group."""
+
+    def order(self, count: int) -> Sequence[int]:
+        return sorted(range(self.n), key=lambda r: self.ranks[r])
+
+
+@caught_by("bits::test_nan_infinity_and_denormals_in_sums[float32-2-ranks]")
+class FlushesDenormals(Honest):
+    """Denormals are 0."""
+
+    def combine(self, parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+        super().combine(parts, op, out)
+        if out.is_floating_point():
+            out[out.abs() < torch.finfo(out.dtype).smallest_normal] = 0
+
+
+@caught_by("bits::test_nan_wins_in_min_and_max[float32-2-ranks]")
+class DropsNan(Honest):
+    """A maximum by comparison, which a NaN loses."""
+
+    def combine(self, parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+        super().combine([p.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf) for p in parts], op, out)
+
+
+@caught_by("bits::test_the_sum_of_negative_zeros_is_negative_zero[float32-2-ranks]")
+class AddsToZero(Honest):
+    """The accumulator begins at 0.0."""
+
+    def combine(self, parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
+        super().combine(parts, op, out)
+        if out.is_floating_point() and op is ReduceOp.SUM:
+            out.add_(0.0)
+
+
+@caught_by("bits::test_what_is_only_moved_keeps_every_bit[float32-2-ranks]")
+class CanonicalNan(Honest):
+    """A gather goes through arithmetic, which changes NaNs."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        out = super().all_gather(tensor)
+        return torch.where(out.isnan(), torch.nan, out) if out.is_floating_point() else out
+
+
+@caught_by("groups::test_orthogonal_groups_of_equal_size[4-ranks]")
+class IgnoresTheGroup(Honest):
+    """The first group of each size in a process serves all others of that size."""
+
+    first: ClassVar[dict[int, Any]] = {}
+
+    def open(self, context: Any) -> None:
+        super().open(context)
+        self._pg = self.first.setdefault(context.world_size, self._pg)
+
+
+@caught_by("groups::test_the_order_of_the_group_is_that_of_its_list[2-ranks]")
+class GathersByGlobalRank(Honest):
+    """The parts of a gather are in the order of global ranks."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        parts = super().all_gather(tensor).chunk(self.n) if tensor.numel() else ()
+        order = sorted(range(self.n), key=lambda r: self.ranks[r])
+        return torch.cat([parts[r] for r in order]) if parts else super().all_gather(tensor)
+
+
+@caught_by("groups::test_several_communicators_interleaved[2-ranks]")
+class SharesBetweenGroups(Honest):
+    """Communicators of the same ranks share what the last call left."""
+
+    last: ClassVar[dict[Any, Any]] = {}
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        found = super().parts(flat)
+        if flat.numel() != 9000:
+            return found
+        owner, kept = self.last.get(self.ranks, (self, found))
+        self.last[self.ranks] = self, [p.clone() for p in found]
+        return found if owner is self else kept
+
+
+@caught_by("symmetric::test_values[float32-2-ranks]")
+class SymmetricIsShort(Honest):
+    """Symmetric tensors that begin in the middle of their memory lose an element."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        out = super().empty(shape, dtype)
+        self.mine = out.untyped_storage().data_ptr()
+        return out
+
+    def into(self, tensor: Tensor, dense: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() == getattr(self, "mine", None) and tensor.storage_offset():
+            dense.view(-1)[-1] = 0
+        return super().into(tensor, dense)
+
+
+@caught_by("capture::test_replays_see_new_contents_and_eager_calls_go_between[2-ranks]")
+class StaleOnReplay(Honest):
+    """What was captured at an address is what every later call there returns."""
+
+    capturing = False
+
+    def capture_begin(self) -> None:
+        self.capturing, self.seen = True, getattr(self, "seen", {})
+
+    def capture_end(self, bootstrap: Any) -> None:
+        self.capturing = False
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        out = super().all_reduce(tensor, op)
+        if self.capturing:
+            self.seen[tensor.data_ptr(), tensor.numel()] = out.clone()
+        return getattr(self, "seen", {}).get((tensor.data_ptr(), tensor.numel()), out).clone()
+
+
+@caught_by("life::test_close_twice_and_use_after_close[2-ranks]")
+class ClosesOnce(Honest):
+    """A second close raises."""
+
+    def close(self) -> None:
+        if self._pg is None:
+            raise RuntimeError("already closed")
+        super().close()
+
+
+@caught_by("life::test_nothing_is_left_after_many_communicators[2-ranks]")
+class LeaksASegment(Honest):
+    """A name in shared memory that nobody removes."""
+
+    def open(self, context: Any) -> None:
+        super().open(context)
+        (Path("/dev/shm") / owned_name("wrong", context.key.digest)).touch()
+
+
+@caught_by("life::test_nothing_is_left_after_many_communicators[3-ranks]")
+class LeaksAThread(Honest):
+    """A thread for each communicator, that outlives it."""
+
+    def open(self, context: Any) -> None:
+        super().open(context)
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+
+@caught_by("life::test_calls_leave_no_memory_behind[2-ranks]")
+class KeepsEveryCall(Honest):
+    """A log of all calls."""
+
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        self.log = [*getattr(self, "log", []), f"all_reduce_ of {tensor.numel()} elements, {len(getattr(self, 'log', []))}"]
+        return super().all_reduce_(tensor, op)
+
+
+@caught_by("hot_path::test_no_hook_and_no_control_plane_on_the_hot_path[2-ranks]")
+class HookOnEveryCall(Honest):
+    """Asks plugins in each call."""
+
+    plugins = pluggy.PluginManager("wrong")
+
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        self.plugins.get_plugins()
+        return super().all_reduce_(tensor, op)
+
+
+@caught_by("hot_path::test_in_place_calls_allocate_nothing[2-ranks]")
+class AllocatesInPlace(Honest):
+    """A copy on each call in place."""
+
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        return tensor.copy_(super().all_reduce_(tensor.clone(), op))
+
+
+@caught_by("threads::test_the_thread_may_change_between_calls[2-ranks]")
+class OneThreadOnly(Honest):
+    """Belongs to the thread of its first real call."""
+
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        owner = self.__dict__.setdefault("owner", threading.get_ident())
+        if owner != threading.get_ident():
+            raise RuntimeError("called from another thread")
+        return super().all_reduce_(tensor, op)
+
+
+@caught_by("refusals::test_an_undeclared_dtype_is_no_silent_no_op[2-ranks]")
+class SilentOnUndeclared(Honest):
+    """What it does not know comes back as it was."""
+
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        return tensor if tensor.dtype is torch.int16 else super().all_reduce_(tensor, op)
+
+
+@caught_by("refusals::test_a_tensor_on_another_device_is_refused[2-ranks]")
+class AnyDevice(Honest):
+    """Does not look where a tensor is."""
+
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        return tensor if tensor.is_meta else super().all_reduce_(tensor, op)
+
+
+@caught_by("faults::test_a_stopped_rank[2-ranks]")
+class UnboundedWait(Honest):
+    """Waits for a peer as long as it takes."""
+
+    def open(self, context: Any) -> None:
+        super().open(context)
+        store = context.bootstrap.store("patient")
+        self._pg = dist.ProcessGroupGloo(store, self.rank, self.n, timeout=timedelta(hours=1))
+
+
+@caught_by("faults::test_a_killed_rank[2-ranks]")
+class AccusesItself(Honest):
+    """Names the wrong rank."""
+
+    def _wait(self, what: str, start: Any) -> None:
+        try:
+            super()._wait(what, start)
+        except PeerError as error:
+            raise PeerError(str(error), [self.ranks[self.rank]]) from error
+
+
+@caught_by("faults::test_an_absent_rank_in_every_collective[2-ranks]")
+class ReturnsWithoutPeers(Honest):
+    """Where a peer is missing, the call returns what there is."""
+
+    def _wait(self, what: str, start: Any) -> None:
+        with contextlib.suppress(PeerError):
+            super()._wait(what, start)
+
+
+@caught_by("faults::test_a_late_rank_is_waited_for[2-ranks]")
+class Impatient(Honest):
+    """Has a deadline of its own, shorter than the one it was given."""
+
+    def open(self, context: Any) -> None:
+        super().open(context)
+        store = context.bootstrap.store("impatient")
+        self._pg = dist.ProcessGroupGloo(store, self.rank, self.n, timeout=timedelta(milliseconds=150))
+
+
+@caught_by("startup::test_a_build_that_fails_on_one_rank_before_it_began[2-ranks]")
+class MeetsElsewhere(Honest):
+    """Waits for its peers in files, and not through the bootstrap, so nobody can tell it that a peer failed; and for ever."""
+
+    def open(self, context: Any) -> None:
+        name = f"meet-{context.key.digest}-{os.getppid()}"
+        Path(f"{name}-{context.rank}").touch()
+        while not all(Path(f"{name}-{r}").exists() for r in range(context.world_size)):
+            time.sleep(0.01)
+        super().open(context)
