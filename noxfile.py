@@ -187,6 +187,14 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def agreement(session: nox.Session) -> None:
+    """Faults drawn at random: do the ranks come to one outcome? `-- --full` for ten times as many, `-- --cases N`."""
+    install_wheels(session, CORE)
+    install(session, *group("test"))
+    session.run("pytest", str(CORE.folder / "tests" / "agreement"), *session.posargs)
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Kill ranks at random moments, 1,000 of them, and look at what the others do; `-- --kills N --seed S`."""
     package = BACKENDS["custom_ar"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from commplane.agree.bootstrap import PeerFailed, StoreBootstrap
-from commplane.agree.build import Attempt, Setback, build_backend, close_backend, joint_verdict, setback
+from commplane.agree.build import Attempt, Setback, abort_backend, build_backend, close_backend, joint_verdict, setback
 from commplane.agree.clock import REAL, Clock
 from commplane.agree.facts import exchange_facts
 from commplane.agree.guard import Activity, CaptureGuard, Forming
@@ -21,6 +21,7 @@ __all__ = [
     "PeerFailed",
     "Setback",
     "StoreBootstrap",
+    "abort_backend",
     "build_backend",
     "close_backend",
     "exchange_facts",

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from commplane.agree import CaptureGuard, StoreBootstrap, joint_verdict, setback
+from commplane.agree import CaptureGuard, StoreBootstrap, setback
 from commplane.api import CommBackend
-from commplane.errors import CaptureError, CommplaneError
+from commplane.errors import CaptureError, CommplaneError, PeerError
+from commplane.runtime.joint import JointSteps
 
 if TYPE_CHECKING:
     from commplane.runtime.communicator import Communicator
@@ -42,6 +43,10 @@ def capture_all(guard: CaptureGuard, communicators: Sequence[Communicator]) -> I
                 c.abort()
     outcomes = [c._capture_end(failure) for c in entered]
     if failure is not None:
+        cause = next((o for o in outcomes if o is not None), None)
+        if isinstance(failure, PeerError) and cause is not None:  # who only waited in vain has learned from the vote why
+            cause.__cause__ = failure.__cause__
+            raise failure from cause
         raise failure
     for outcome in outcomes:
         if outcome is not None:
@@ -51,7 +56,8 @@ def capture_all(guard: CaptureGuard, communicators: Sequence[Communicator]) -> I
 def agree_on_capture(
     who: str,
     bootstrap: StoreBootstrap,
-    backends: Sequence[CommBackend],
+    joint: JointSteps,
+    backends: Sequence[tuple[CommBackend, StoreBootstrap]],
     timeout: float,
     records: Sequence[str],
     error: BaseException | None,
@@ -62,7 +68,8 @@ def agree_on_capture(
     Args:
         who: how errors begin.
         bootstrap: control plane of the communicator.
-        backends: those that capture; they exchange what replay needs once all ranks agree.
+        joint: the communicator's joint steps.
+        backends: those that capture, each with its own control plane; they exchange what replay needs once all ranks agree.
         timeout: seconds that one wait at start-up may take; a vote may take twice as long.
         records: what this rank captured, in order.
         error: what the body of the capture raised on this rank.
@@ -85,13 +92,12 @@ def agree_on_capture(
             out = CaptureError(f"{who} {text}")
             poison(out)
             return out
-        problem = None
-        try:
-            for backend in backends:
-                backend.capture_end(bootstrap)
-        except Exception as caught:  # whatever a plugin raises becomes a vote
-            problem = setback(caught)
-        reasons = joint_verdict(bootstrap, "registration after capture", problem, 2 * timeout)
+
+        def register() -> None:
+            for backend, own in backends:
+                backend.capture_end(own)
+
+        _, reasons = joint.vote("registration after capture", register, lambda _done: None, poison)
         return None if reasons is None else CaptureError(f"{who} registration after the capture failed: {reasons}")
     except CommplaneError as lost:
         poison(lost)

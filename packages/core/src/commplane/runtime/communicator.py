@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from commplane.agree import StoreBootstrap, close_backend
-from commplane.agree.build import abort_backend
+from commplane.agree import StoreBootstrap, abort_backend, close_backend
 from commplane.api import Capability, CommBackend, GroupKey, refuse_overlap
 from commplane.errors import CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
 from commplane.flight import GroupFlight
@@ -69,6 +68,7 @@ class Communicator:
         self.plan = plan
         self.handle = register(self, key.purpose, self.world_size)
         self._named = dict(backends)
+        self._attempts = dict(zip(backends, attempts, strict=True))
         self._bootstrap = bootstrap
         self._joint = JointSteps(self.who, bootstrap, attempts, startup_timeout)
         self._memory = GroupMemory(self.who, plan, self._named, device, self._joint)
@@ -296,14 +296,15 @@ class Communicator:
         """Whether the plan holds anything that needs capturing; otherwise a capture passes this communicator by."""
         return any(Capability.CAPTURE in s.capabilities for s in self.plan.specs)
 
-    def _capturing_backends(self) -> list[CommBackend]:
-        return [self._named[s.name] for s in self.plan.specs if Capability.CAPTURE in s.capabilities]
+    def _capturing_backends(self) -> list[tuple[CommBackend, StoreBootstrap]]:
+        names = [s.name for s in self.plan.specs if Capability.CAPTURE in s.capabilities]
+        return [(self._named[name], self._attempts[name]) for name in names]
 
     def _capture_begin(self) -> None:
         self._capturing = True
         self._host.notify("commplane_capture_begin", communicator=self)
         if self.captures:
-            for backend in self._capturing_backends():
+            for backend, _ in self._capturing_backends():
                 backend.capture_begin()
             self._table = RecordingTable(self._live)
 
@@ -316,7 +317,14 @@ class Communicator:
             if self._fault is None:
                 self._table = self._live
             outcome = agree_on_capture(
-                self.who, self._bootstrap, self._capturing_backends(), self._startup_timeout, records, error, self.poison
+                self.who,
+                self._bootstrap,
+                self._joint,
+                self._capturing_backends(),
+                self._startup_timeout,
+                records,
+                error,
+                self.poison,
             )
         self._host.notify("commplane_capture_end", communicator=self, error=error or outcome)
         return outcome

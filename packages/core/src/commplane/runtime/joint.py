@@ -53,13 +53,23 @@ class JointSteps:
             CommunicatorError: `act` raised on some rank; on the others its result was given to `undo`.
         """
         self.compare(what, value, poison)
+        done = self.vote(what, act, undo, poison)
+        if done[1] is not None:
+            raise CommunicatorError(f"{self._who} {what} failed and was rolled back on all ranks: {done[1]}")
+        return done[0]  # type: ignore[return-value]
+
+    def vote(self, what: str, act: Callable[[], T], undo: Callable[[T], None], poison: Poison) -> tuple[T | None, str | None]:
+        """Act, then vote: the result and None, or None and why some rank could not, equal on every rank.
+
+        What was done and is not to stay, also because a rank was lost in the vote, is given to `undo`.
+        """
         self._steps += 1
         for attempt in self._attempts:
             attempt.begin(f"{what}/{self._steps}")
-        problem, result = None, None
+        problem, done = None, []
         try:
             try:
-                result = act()
+                done.append(act())
             except Exception as error:  # whatever a plugin raises becomes a vote
                 problem = setback(error)
                 if not problem.derived:
@@ -70,9 +80,11 @@ class JointSteps:
             for attempt in self._attempts:
                 attempt.fail(f"{type(error).__name__} in {what}")
             poison(error if isinstance(error, Exception) else AgreementError(f"{self._who} {what} was interrupted"))
+            for result in done:
+                undo(result)
             raise
-        if reasons is not None:
-            if problem is None:
-                undo(result)  # type: ignore[arg-type]
-            raise CommunicatorError(f"{self._who} {what} failed and was rolled back on all ranks: {reasons}")
-        return result  # type: ignore[return-value]
+        if reasons is None:
+            return done[0], None
+        for result in done:
+            undo(result)
+        return None, reasons

@@ -64,7 +64,7 @@ class GroupMemory:
 
         def undo(built: Iterable[Workspace]) -> None:
             for workspace in built:
-                workspace.close()
+                _close(workspace)
 
         value = {"collective": str(need.collective), "dtype": need.dtype, "max_bytes": need.max_bytes}
         built = self._joint.run("prepare", value, lambda: build(needs), undo, poison)
@@ -104,7 +104,11 @@ class GroupMemory:
     def close(self) -> None:
         """Close the workspaces; what one raises is a notice, because the rest has to go all the same. Local."""
         for workspace in self._workspaces:
-            try:
-                workspace.close()
-            except Exception as error:
-                notice(f"close of a workspace of backend {workspace.backend!r} raised {error!r}")
+            _close(workspace)
+
+
+def _close(workspace: Workspace) -> None:
+    try:
+        workspace.close()
+    except Exception as error:  # a vote has been taken, or the caller is leaving
+        notice(f"close of a workspace of backend {workspace.backend!r} raised {error!r}")

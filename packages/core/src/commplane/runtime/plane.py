@@ -19,10 +19,12 @@ from commplane.agree import (
     Forming,
     PeerFailed,
     StoreBootstrap,
+    abort_backend,
+    close_backend,
     exchange_facts,
     setback,
 )
-from commplane.api import BackendSpec, GroupKey, SyncSpec
+from commplane.api import BackendSpec, CommBackend, GroupKey, SyncSpec
 from commplane.config import Config
 from commplane.errors import (
     AgreementError,
@@ -214,31 +216,38 @@ class Plane:
             conflict=lambda missing: self._activity.conflict(key, missing, self._instances.__getitem__),
             dead=self._dead,
         )
-        with self._activity.forming(Forming(key, instance, bootstrap.first_decision)):
-            try:
-                self.plugins.require(wanted)
-                formation = Formation(self.plugins, self.config, self.facts, key, where, wanted, bootstrap, who)
-                plan, built, attempts = formation.run()
-            except Exception as error:
-                # If it happened on this rank alone, the others are told in the round that they wait in.
-                bootstrap.fail(setback(error).text)
-                raise
-        teach()
-        out = Communicator(
-            key,
-            bootstrap.rank,
-            where,
-            plan,
-            built,
-            bootstrap,
-            attempts,
-            self.plugins,
-            self.config.startup,
-            self._flight.group(key, instance, bootstrap.rank, plan.digest, built),
-            on_fault=self._note_fault,
-            on_close=self._communicators.remove,
-        )
-        self._communicators.append(out)
+        built: dict[str, CommBackend] = {}
+        try:
+            with self._activity.forming(Forming(key, instance, bootstrap.first_decision)):
+                try:
+                    self.plugins.require(wanted)
+                    formation = Formation(self.plugins, self.config, self.facts, key, where, wanted, bootstrap, who)
+                    plan, built, attempts = formation.run()
+                except Exception as error:
+                    # If it happened on this rank alone, the others are told in the round that they wait in.
+                    bootstrap.fail(setback(error).text)
+                    raise
+            teach()
+            out = Communicator(
+                key,
+                bootstrap.rank,
+                where,
+                plan,
+                built,
+                bootstrap,
+                attempts,
+                self.plugins,
+                self.config.startup,
+                self._flight.group(key, instance, bootstrap.rank, plan.digest, built),
+                on_fault=self._note_fault,
+                on_close=self._communicators.remove,
+            )
+            self._communicators.append(out)
+        except BaseException:  # the store was lost, or this rank interrupted, after the group had been formed
+            for backend_name, backend in built.items():
+                abort_backend(backend_name, [backend])
+                close_backend(backend_name, backend)
+            raise
         self.plugins.notify("commplane_plan_committed", communicator=out)
         return out
 

@@ -1,0 +1,13 @@
+"""What the options of `conftest.py` come to. They are unknown where pytest was started for more than this folder."""
+
+from __future__ import annotations
+
+import pytest
+
+CASES = 2000
+"""By default: less than a minute of one core."""
+
+
+def cases(config: pytest.Config) -> int:
+    given = config.getoption("--cases", default=None)
+    return int(given) if given is not None else CASES * (10 if config.getoption("--full", default=False) else 1)
