@@ -100,6 +100,11 @@ class TorchDistributed(CommBackend):
             options.device = torch.device(self._context.device)
         self._wait("barrier", lambda: self._pg.barrier(options))
 
+    def abort(self) -> None:
+        """NCCL's waits end here, on this rank; Gloo's end at their deadline."""
+        if self._pg is not None and self._context.device.startswith("cuda"):
+            self._pg.abort()
+
     def bare(self, tensor: torch.Tensor, op: ReduceOp) -> Callable[[], object] | None:
         """The process group's all-reduce and its wait; None for avg, which takes more than that here."""
         if op is ReduceOp.AVG:
@@ -128,6 +133,8 @@ class TorchDistributed(CommBackend):
             work = start()
             if work is not None:
                 work.wait()
+        except TypeError as error:  # NCCL's word for a dtype that it does not have
+            raise UnsupportedOperation(f"{self._context.who} {what}: {error}") from error
         except RuntimeError as error:
             text = str(error).splitlines()[0]
             if any(word in text for word in ("Invalid scalar type", "Unsupported", "unsupported")):
