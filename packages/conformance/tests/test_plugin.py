@@ -104,7 +104,9 @@ def test_an_expected_failure_that_passes_fails_the_run(kit: Kit, listed: Path) -
     ("line", "words"),
     [
         ("bits.py::test_of_nothing  # gone", "no test of the kit answers to: bits.py::test_of_nothing"),
-        (f"{ZERO_ID}[float32-9-ranks]  # gone", "float32-9-ranks"),
+        ("bitz.py::test_of_nothing  # gone", "bitz.py::test_of_nothing"),
+        (f"{ZERO_ID}[float77-2-ranks]  # gone", "float77-2-ranks"),
+        ("bits.py::test_of_nothing[9-ranks]  # gone", "test_of_nothing"),
         (f"{ZERO_ID}", "say why it fails"),
         (f"{ZERO_ID}  # one\n{ZERO_ID}  # two", "is there twice"),
     ],
@@ -114,6 +116,12 @@ def test_a_line_that_is_wrong_is_an_error(kit: Kit, listed: Path, line: str, wor
     run = kit("wrong_plugins:Honest", "--commplane-ranks", "2", "--commplane-expected-failures", str(listed))
     assert run.code == 4
     assert words in run.output
+
+
+def test_a_line_for_what_this_run_leaves_out_is_left_alone(kit: Kit, listed: Path) -> None:
+    listed.write_text(f"faults.py::test_a_killed_rank  # another module\n{ZERO_ID}[float32-9-ranks]  # another size\n")
+    run = kit("wrong_plugins:Honest", "--commplane-ranks", "2", "--commplane-expected-failures", str(listed), tests=(ZERO,))
+    assert run.code == 0, run.output
 
 
 def test_the_file_may_be_named_in_the_configuration(kit: Kit, tmp_path: Path) -> None:
