@@ -55,7 +55,7 @@ def typecheck(session: nox.Session) -> None:
     """Mypy, strict, over the packages, the tools and the example."""
     install(session, *group("type"), *group("test"), *group("demo"), "pluggy>=1.5", "importlib-metadata>=6", "packaging>=23")
     session.run("mypy", *(str(p.folder / "src") for p in PACKAGES))
-    session.run("mypy", "tools", "noxfile.py", "examples/embed")
+    session.run("mypy", "tools", "noxfile.py", "examples/embed", "examples/backend-mpi/src")
 
 
 @nox.session
@@ -127,6 +127,20 @@ def conformance(session: nox.Session, name: str) -> None:
     kit = ["--pyargs", KIT.module, "--commplane-backend", name, "--commplane-report", str(report)]
     with session.chdir(session.create_tmp()):
         session.run("pytest", *kit, *options)
+
+
+@nox.session
+def example_mpi(session: nox.Session) -> None:
+    """The example of an outsider's wheel: its tests, the kit and a bench, beside core's and the kit's wheels; `-- --full`."""
+    example = ROOT / "examples" / "backend-mpi"
+    install_wheels(session, CORE, KIT)
+    install(session, "torch", "numpy", "pytest-timeout>=2.3", str(example))
+    session.run("pytest", str(example / "tests"))
+    options = ["--commplane-full" if option == "--full" else option for option in session.posargs]
+    options += ["--commplane-expected-failures", str(example / "conformance-expected-failures.txt")]
+    with session.chdir(session.create_tmp()):
+        session.run("pytest", "--pyargs", KIT.module, "--commplane-backend", "mpi", *options)
+        session.run("commplane", "bench", "--backends", "mpi")
 
 
 @nox.session
