@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from agreement_scenario import BACKENDS, Fault
@@ -27,6 +28,7 @@ from commplane.api import (
 )
 from commplane.errors import PeerError
 from commplane.plugins import PluginHost
+from commplane.testing import Simulation
 
 if TYPE_CHECKING:
     from agreement_ranks import Case
@@ -42,13 +44,64 @@ def case() -> Case:
     return CASES[-1]
 
 
+class Exchange(Protocol):
+    """How the ranks of one backend get at each other's numbers."""
+
+    def meet(self, backend: Scripted, call: int, mine: torch.Tensor) -> list[torch.Tensor]:
+        """What every rank brought to that call, in group order; `PeerError` for all of those who come if one does not."""
+
+    def leave(self, backend: Scripted) -> None:
+        """This rank comes to no later call: who waits for it need not."""
+
+
 @dataclass(eq=False)
 class Meeting:
-    """One all-reduce: who has come with what."""
+    """One all-reduce: who has come with what, and who will not."""
 
     signal: Any
     parts: dict[int, torch.Tensor] = field(default_factory=dict)
     quitters: set[int] = field(default_factory=set)
+
+
+class InMemory:
+    """An `Exchange` between the ranks of one simulation."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+        self._meetings: dict[tuple[str, int], Meeting] = {}
+        self._left: dict[str, set[int]] = {}
+
+    def meet(self, backend: Scripted, call: int, mine: torch.Tensor) -> list[torch.Tensor]:
+        context = backend.context
+        assert context is not None
+        meeting = self._meetings.get((backend.token, call))
+        if meeting is None:
+            meeting = self._meetings[backend.token, call] = Meeting(self._simulation.clock.signal())
+            meeting.quitters |= self._left.get(backend.token, set())
+        if not meeting.quitters:
+            meeting.parts[backend.rank] = mine
+        if len(meeting.parts) == context.world_size:
+            meeting.signal.set()
+        elif not meeting.quitters and not meeting.signal.wait(context.timeout) and len(meeting.parts) < context.world_size:
+            meeting.quitters |= set(context.ranks) - meeting.parts.keys()  # who comes now is too late
+            meeting.signal.set()
+        if len(meeting.parts) < context.world_size:
+            raise not_come(context, meeting.quitters - {backend.rank})
+        return [meeting.parts[r] for r in context.ranks]
+
+    def leave(self, backend: Scripted) -> None:
+        if backend.rank in self._simulation.dead:
+            return
+        self._left.setdefault(backend.token, set()).add(backend.rank)
+        for (token, _), meeting in self._meetings.items():
+            if token == backend.token and backend.rank not in meeting.parts:
+                meeting.quitters.add(backend.rank)
+                meeting.signal.set()
+
+
+def not_come(context: BuildContext, ranks: Iterable[int]) -> PeerError:
+    missing = sorted(ranks)
+    return PeerError(f"{context.who} all_reduce: rank {', '.join(map(str, missing))} did not come", missing)
 
 
 class Scripted(CommBackend):
@@ -73,7 +126,7 @@ class Scripted(CommBackend):
         self.context = context
         self.group = int(context.key.purpose[1:])
         self.strike("open")
-        self.token = context.bootstrap.broadcast(f"{self.name}{id(self)}", src=0, what="rendezvous")
+        self.token = context.bootstrap.broadcast(f"{self.name}{os.getpid()}-{id(self)}", src=0, what="rendezvous")
         self.strike("rendezvous")
         context.bootstrap.barrier(what="all have met")
 
@@ -81,38 +134,16 @@ class Scripted(CommBackend):
         self.closes += 1
 
     def abort(self) -> None:
-        if self.rank in self.case.simulation.dead or not self.token:
-            return
-        self.case.aborted.setdefault(self.token, set()).add(self.rank)
-        for (token, _), meeting in self.case.meetings.items():
-            if token == self.token and self.rank not in meeting.parts:
-                meeting.quitters.add(self.rank)
-                meeting.signal.set()
+        if self.token:
+            self.case.exchange.leave(self)
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
-        context = self.context
-        assert context is not None
         if tensor.numel() <= LOCAL:
             return tensor
         fault = self.strike("canary") if self.calls == 0 else None
         self.calls += 1
-        meeting = self.case.meetings.get((self.token, self.calls))
-        if meeting is None:
-            meeting = self.case.meetings[self.token, self.calls] = Meeting(self.case.simulation.clock.signal())
-            meeting.quitters |= self.case.aborted.get(self.token, set())
-        if not meeting.quitters:
-            meeting.parts[self.rank] = tensor.clone()
-        if len(meeting.parts) == context.world_size:
-            meeting.signal.set()
-        elif not meeting.quitters and not meeting.signal.wait(context.timeout) and len(meeting.parts) < context.world_size:
-            meeting.quitters |= set(context.ranks) - meeting.parts.keys()  # who comes now is too late
-            meeting.signal.set()
-        if len(meeting.parts) < context.world_size:
-            missing = sorted(meeting.quitters - {self.rank})
-            raise PeerError(f"{context.who} all_reduce: rank {', '.join(map(str, missing))} did not come", missing)
-        rows = [meeting.parts[r] for r in context.ranks]
-        tensor.copy_(rows[0] if fault is not None and fault.how == "wrong" else torch.stack(rows).sum(0))
-        return tensor
+        rows = self.case.exchange.meet(self, self.calls, tensor.clone())
+        return tensor.copy_(rows[0] if fault is not None and fault.how == "wrong" else torch.stack(rows).sum(0))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         self.strike("empty")

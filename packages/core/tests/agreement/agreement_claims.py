@@ -41,9 +41,15 @@ def class_of(error: BaseException | None) -> str:
 def judge(case: Case) -> None:
     """Raise `AssertionError` if a claim does not hold."""
     assert not case.stuck, f"somebody waits for ever: {case.stuck}"
-    assert not case.simulation.failures, f"an exception that nobody foresaw: {case.simulation.failures}"
     _nobody_waits_too_long(case)
     _every_call_ends_in_time(case)
+    judge_untimed(case)
+    _nobody_is_given_up_too_early(case)
+
+
+def judge_untimed(case: Case) -> None:
+    """The claims that hold however long things take: those for real processes."""
+    assert not case.simulation.failures, f"an exception that nobody foresaw: {case.simulation.failures}"
     for name in dict.fromkeys(r.step for log in case.logs.values() for r in log):
         if not name.startswith(("leave", "capture")):
             _one_outcome(case, name)
@@ -51,7 +57,6 @@ def judge(case: Case) -> None:
     _lost_ranks_only_raise(case)
     _everything_is_released(case)
     _everybody_can_explain(case)
-    _nobody_is_given_up_too_early(case)
 
 
 def lost(case: Case) -> set[int]:
@@ -122,7 +127,7 @@ def _one_outcome(case: Case, name: str) -> None:
             assert len(own) <= 1 or len(case.scenario.faults) > 1, f"{name}: {shown}"
             classes -= own
             if own and len(there) == len(members) > 1 and len(case.scenario.faults) == 1:
-                assert classes == {"AgreementError"}, f"{name}: {shown}"
+                assert classes == {"AgreementError"} or (case.real and classes == {"PeerError"}), f"{name}: {shown}"
         assert len(classes) <= 1, f"{name}: the ranks raise different errors: {shown}"
     else:
         values = [r.value for r in there.values()]
@@ -133,7 +138,8 @@ def _one_outcome(case: Case, name: str) -> None:
             total = sum(range(1, len(members) + 1))
             assert all(v == [total] * 4 for v in values), f"{name}: wanted {total}, found {values}"
         if not name.startswith("close"):
-            came = _of(case, name).keys()
+            # Of a process that was killed nothing is known, also not how far it came.
+            came = _of(case, name).keys() | {r for r in case.simulation.dead if not case.logs[r]}
             assert set(members) <= came | case.cut_off, f"{name}: succeeded without ranks {sorted(set(members) - came)}"
     # One that comes when the others had given up and left comes to the same rounds.
     rounds = {rank: r.rounds for rank, r in there.items() if not _delays(case)}  # a store that is silent counts later
@@ -223,6 +229,8 @@ def _names(fault: Fault, text: str, where: str, case: Case) -> None:
     named = {int(n) for found in re.findall(r"\branks? (\d+(?:, \d+)*)", text) for n in found.split(", ")}
     if len(case.scenario.groups) > 1 and named & {r for r, log in case.logs.items() if log[-1].step == "leave by exception"}:
         return  # in another group: it names who left, and that one names who made it leave
+    if case.real and "waited" in text:
+        return  # on a machine this slow anybody may miss a deadline
     assert fault.rank in named, f"{where} does not name rank {fault.rank}: {text}"
     if fault.how in ("raise", "refuse") and fault.phase != "plugins":
         assert case.text_of(fault) in text, f"{where} does not give the reason of rank {fault.rank}: {text}"
@@ -233,7 +241,8 @@ def _nobody_is_given_up_too_early(case: Case) -> None:
     if len(case.scenario.faults) != 1 or case.scenario.faults[0].how != "late":
         return
     fault = case.scenario.faults[0]
-    inside = fault.phase in ("registration", "capture")  # of a running collective, or of an attempt's own rounds
+    # Of a running collective, or of an attempt's own rounds; with several groups, others of one may be in the next step.
+    inside = fault.phase in ("registration", "capture") or len(case.scenario.groups) > 1
     if fault.seconds >= (RUN_S if inside else T) or not case.scenario.backends or fault.phase in ("canary", "open", "rendezvous"):
         return
     for rank, log in case.logs.items():

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from agreement_backend import CASES, LOCAL, Meeting, Scripted, ScriptedWorkspace, host
+from agreement_backend import CASES, LOCAL, Exchange, InMemory, Scripted, ScriptedWorkspace, host
 from agreement_scenario import BACKENDS, STARTUP_S, Fault, Scenario
 
 from commplane import errors
@@ -70,13 +71,19 @@ class Case:
         workspaces: rank and object of every workspace.
         fired: the faults that took place, and the call of that rank in which they did.
         stuck: threads that would have waited for ever.
+        exchange: how the backends reach each other.
+        start: `commplane.init` for one rank.
+        real: on real processes, where time depends on what else the machine does.
         cut_off: ranks that have waited in vain for the store, or were told that it is gone.
     """
 
     scenario: Scenario
     simulation: Simulation
     store: SimulatedStore
+    exchange: Exchange
+    start: Callable[..., Plane]
     logs: dict[int, list[Record]] = field(default_factory=dict)
+    real: bool = False
     waits: list[Wait] = field(default_factory=list)
     built: list[tuple[int, Scripted]] = field(default_factory=list)
     workspaces: list[tuple[int, ScriptedWorkspace]] = field(default_factory=list)
@@ -84,8 +91,6 @@ class Case:
     stuck: list[str] = field(default_factory=list)
     cut_off: set[int] = field(default_factory=set)
     interrupted: set[int] = field(default_factory=set)
-    meetings: dict[tuple[str, int], Meeting] = field(default_factory=dict)
-    aborted: dict[str, set[int]] = field(default_factory=dict)
 
     def text_of(self, fault: Fault) -> str:
         """What the rank says where it fails."""
@@ -153,7 +158,8 @@ class Case:
 def play(scenario: Scenario) -> Case:
     """Run a scenario."""
     simulation = Simulation(scenario.seed, scenario.restless)
-    case = Case(scenario, simulation, SimulatedStore(simulation), {r: [] for r in range(scenario.ranks)})
+    store, logs = SimulatedStore(simulation), {r: [] for r in range(scenario.ranks)}
+    case = Case(scenario, simulation, store, InMemory(simulation), partial(init_simulated, simulation), logs)
     simulation.at_point = case.note_anywhere
     for fault in scenario.faults:
         if fault.how == "interrupt":
@@ -165,7 +171,7 @@ def play(scenario: Scenario) -> Case:
     try:
         with warnings.catch_warnings(), _watched(case):
             warnings.simplefilter("error" if scenario.strict else "ignore", errors.CommplaneWarning)
-            case.stuck = simulation.run({r: lambda r=r: _rank_main(case, r) for r in range(scenario.ranks)})
+            case.stuck = simulation.run({r: lambda r=r: rank_main(case, r) for r in range(scenario.ranks)})
     finally:
         quiet.disabled = before
         CASES.pop()
@@ -217,7 +223,7 @@ def _config(case: Case, rank: int) -> dict[str, Any]:
     return config
 
 
-def _rank_main(case: Case, rank: int) -> None:
+def rank_main(case: Case, rank: int) -> None:
     scenario = case.scenario
     everyone = range(scenario.ranks)
     version, absent, odd = "1.0", set(), set()
@@ -238,7 +244,7 @@ def _rank_main(case: Case, rank: int) -> None:
     config = {**_config(case, rank), **config}
     try:
         with case.step(rank, "init", everyone):
-            plane = init_simulated(case.simulation, case.store, rank, scenario.ranks, config=config, plugins=plugins)
+            plane = case.start(store=case.store, rank=rank, world_size=scenario.ranks, config=config, plugins=plugins)
     except (errors.CommplaneError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
             case.interrupted.add(rank)
