@@ -29,11 +29,16 @@ __all__ = ["PeerFailed", "StoreBootstrap"]
 # Waiting is polling, with pauses that grow with the time waited. A blocking wait of a c10d TCPStore cannot be interrupted,
 # holds its client against other threads of the process, and prints warnings when it times out. A pause is a third of the
 # time waited so far: a rank that comes after t is noticed by 4/3 t. A store makes one call after the other, some 25 us each, so
-# that nothing can be there before it has heard of every rank; and ranks that wait for one that is late leave it time to spare.
+# that nothing can be there before it has heard of every rank; and many ranks that wait for one that is late leave it time to
+# spare: their pauses are half of what they have waited.
 _FIRST_PAUSE_S = 0.0001
 _FIRST_PAUSE_PER_RANK_S = 0.000025
 _LONGEST_PAUSE_S = 0.25
-_LONGEST_PAUSE_PER_RANK_S = 0.0005
+_LONGEST_PAUSE_PER_RANK_S = 0.001
+# Where many ranks share cores a round takes longer than that, and the next one takes as long: half of what this rank waited in
+# the last is the first pause, up to this limit, so that one late rank does not make all that follows slow.
+_KNOWN_PAUSE_PER_RANK_S = 0.0002
+_MANY = 16
 # A record longer than this lies at a key of its own, named by its hash: the leader, which looks at all records until the last is
 # there, reads equal ones once.
 _LONG_RECORD = 1024
@@ -92,8 +97,9 @@ class StoreBootstrap:
         self._dead = dead
         self._seq = 0
         self._error: CommplaneError | None = None
-        self._ask_at = 0.0  # when `peer_failed` asks the store the next time
-        self._look_at = 0.0  # when it looks for ranks that have ended
+        # When `peer_failed` asks the store the next time, and when it looks for ranks that have ended.
+        self._ask_at = self._look_at = 0.0 if len(self._ranks) <= _MANY else self._clock.now() + _LOOK_EVERY_S
+        self._looks = 0
         self._used: list[str] = []  # keys of the round before, which this rank removes
 
     @property
@@ -199,11 +205,26 @@ class StoreBootstrap:
         if now < self._look_at:
             return None
         self._look_at = now + _LOOK_EVERY_S
-        ended = self._dead([r for i, r in enumerate(self._ranks) if i != self._rank])
+        ended = self._dead(self._neighbours())
         if not ended:
             return None
+        if self.world_size > _MANY:  # the others, who look elsewhere, are told
+            lost = {"missing": [self._ranks.index(r) for r in ended], "ended": list(ended), "patience": self._timeout}
+            try:
+                self._store.decide(f"{self._prefix}/failed", json.dumps(lost))
+            except PeerError as error:
+                return error
         names = f"{'rank' if len(ended) == 1 else 'ranks'} {', '.join(map(str, ended))}"
         return PeerError(f"{self._who} stops: the process of {names} has ended", ended)
+
+    def _neighbours(self) -> list[int]:
+        """Global ranks to look up now: all others of a small group, of a large one some, next time those behind them."""
+        others = [*self._ranks[self._rank + 1 :], *self._ranks[: self._rank]]
+        if len(self._ranks) <= _MANY:
+            return others
+        first = self._looks * _MANY % len(others)
+        self._looks += 1
+        return others[first : first + _MANY]
 
     def farewell(self, timeout: float) -> None:
         """The last round: the leader leaves last, because its process may host the store. Collective."""
@@ -312,10 +333,12 @@ class StoreBootstrap:
         began = self._clock.now()
         look_at = began + _LOOK_EVERY_S
         watch = Watch(self._store, f"{base}/watch", self._rank, self._ranks)
-        shortest = max(_FIRST_PAUSE_S, _FIRST_PAUSE_PER_RANK_S * self.world_size)
-        longest = max(_LONGEST_PAUSE_S, _LONGEST_PAUSE_PER_RANK_S * self.world_size)
-        if shortest > _FIRST_PAUSE_S:
-            self._clock.sleep(min(shortest, deadline - began))
+        n = self.world_size
+        shortest = max(_FIRST_PAUSE_S, _FIRST_PAUSE_PER_RANK_S * n)
+        longest = max(_LONGEST_PAUSE_S, _LONGEST_PAUSE_PER_RANK_S * n)
+        if n > _MANY:
+            known = min(self._store.pace.get(n, 0.0) / 2, _KNOWN_PAUSE_PER_RANK_S * n)
+            self._clock.sleep(min(max(known, shortest), deadline - began))
         while not enough(found := self._store.peek(key)):
             now = self._clock.now()
             if now >= deadline:
@@ -325,7 +348,9 @@ class StoreBootstrap:
                 hopeless = self._look(base, watch)
                 if hopeless is not None:
                     return b"", hopeless
-            self._clock.sleep(min(max((now - began) / 3, shortest), longest, deadline - now))
+            grown = (now - began) / (2 if n > _MANY else 3)
+            self._clock.sleep(min(max(grown, shortest), longest, deadline - now))
+        self._store.pace[n] = self._clock.now() - began
         return found, None
 
     def _look(self, base: str, watch: Watch) -> dict[str, Any] | None:

@@ -53,7 +53,9 @@ class Activity:
                 "instance": forming.instance,
                 "decision": forming.decision,
             }
-        self._store.set(f"{self._prefix}/{self._rank}", json.dumps(note))
+        # A rank that forms is about to send its first record, and the note goes with it.
+        send = self._store.set if forming is None else self._store.post
+        send(f"{self._prefix}/{self._rank}", json.dumps(note))
 
     @contextmanager
     def forming(self, attempt: Forming) -> Iterator[None]:

@@ -6,6 +6,7 @@ this process and waited for with a deadline; after one that was missed, all late
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ class BoundedStore:
         self._timeout = timeout
         self._worker = clock.worker("commplane store")
         self._lost: str | None = None
+        self._posted: deque[Callable[[], object]] = deque()
+        self.pace: dict[int, float] = {}
+        """By number of ranks, the seconds that one waited in its last round: when it is worth to look in the next."""
 
     def set(self, key: str, value: str) -> None:
         """Store `value`."""
@@ -42,8 +46,8 @@ class BoundedStore:
         )
 
     def post(self, key: str, value: str) -> None:
-        """`set` that is not waited for, like `append`."""
-        self._post(lambda: self.raw.set(key, value))
+        """`set` that goes out with the next call, and before it."""
+        self._posted.append(lambda: self.raw.set(key, value))
 
     def get(self, key: str) -> bytes:
         """The value of a key that exists."""
@@ -87,9 +91,14 @@ class BoundedStore:
         while (found := self.raw.compare_set(key, before, before + text).decode()) != before + text:
             before = found
 
+    def _flush(self) -> None:
+        while self._posted:
+            self._posted.popleft()()
+
     def _post(self, function: Callable[[], object]) -> None:
         def call() -> None:
             try:
+                self._flush()
                 function()
             except Exception as error:  # the calls that are waited for raise it
                 self._lost = self._lost or f"the store does not answer, its host, rank 0 or the launcher, is likely gone: {error}"
@@ -107,6 +116,7 @@ class BoundedStore:
 
         def call() -> None:
             try:
+                self._flush()
                 result.append(function())
             except Exception as error:  # raised again where the call was made
                 failure.append(error)

@@ -8,12 +8,15 @@ from commplane.bench.measure import Row, measure, pinnings, steps
 from commplane.bench.null import NAME as NULL
 from commplane.bench.overhead import OverheadRow, Subject, form_null, measure_overhead
 from commplane.bench.report import overhead_table, plot, require_plotting, table
+from commplane.bench.startup import StartupRow, measure_startup
+from commplane.bench.startup_report import plot_startup, startup_table
 
 __all__ = [
     "NULL",
     "Case",
     "OverheadRow",
     "Row",
+    "StartupRow",
     "Step",
     "Subject",
     "describe",
@@ -22,10 +25,13 @@ __all__ = [
     "in_words",
     "measure",
     "measure_overhead",
+    "measure_startup",
     "overhead_table",
     "pinnings",
     "plot",
+    "plot_startup",
     "require_plotting",
+    "startup_table",
     "steps",
     "table",
 ]

@@ -15,6 +15,7 @@ from commplane.bench import (
     NULL,
     OverheadRow,
     Row,
+    StartupRow,
     Subject,
     describe,
     form,
@@ -22,10 +23,13 @@ from commplane.bench import (
     in_words,
     measure,
     measure_overhead,
+    measure_startup,
     overhead_table,
     pinnings,
     plot,
+    plot_startup,
     require_plotting,
+    startup_table,
     steps,
     table,
 )
@@ -38,6 +42,7 @@ __all__ = ["add_commands", "check"]
 
 _SIZES = "64,1K,8K,64K,256K,1M,4M,16M"
 _OVERHEAD_SIZE = 64
+_STARTUP_RANKS = "8,64,512,1024"
 
 
 def add_commands(commands: Any) -> None:
@@ -69,6 +74,14 @@ def add_commands(commands: Any) -> None:
         action="store_true",
         help=f"what lies between a user's call and the native one (default {_OVERHEAD_SIZE} bytes of float32, pinned)",
     )
+    parser.add_argument(
+        "--startup",
+        action="store_true",
+        help="what commplane.init and a communicator cost when there are many ranks, virtual ones",
+    )
+    parser.add_argument(
+        "--startup-ranks", type=_counts, metavar="LIST", help=f"numbers of virtual ranks for --startup (default {_STARTUP_RANKS})"
+    )
     parser.add_argument("--rounds", type=positive, default=7, help="counted rounds (default 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency against size (wants commplane[plot])")
@@ -91,6 +104,13 @@ def _dtypes(text: str) -> list[str]:
     return [DTYPE_ALIASES.get(word, word) for word in _words(text, "dtype")]
 
 
+def _counts(text: str) -> list[int]:
+    counts = [int(word) for word in _words(text, "number of ranks")]
+    if min(counts) < 2:
+        raise argparse.ArgumentTypeError(f"wanted 2 ranks or more, found {min(counts)}")
+    return sorted(set(counts))
+
+
 def _names(text: str) -> list[str]:
     return _words(text, "backend")
 
@@ -108,7 +128,11 @@ def check(options: argparse.Namespace) -> None:
     for path in filter(None, (options.json, options.plot)):
         if not path.resolve().parent.is_dir():
             raise ConfigError(f"bench: the folder of {str(path)!r} does not exist")
-    if options.overhead:
+    if options.startup_ranks is not None and not options.startup:
+        raise ConfigError("bench: --startup-ranks is for --startup: add that, or use --ranks")
+    if options.startup:
+        _refuse_beside_startup(options)
+    elif options.overhead:
         others = {
             "--plot": options.plot is not None,
             "--collectives": options.collectives != [Collective.ALL_REDUCE],
@@ -124,12 +148,31 @@ def check(options: argparse.Namespace) -> None:
         require_plotting()
 
 
+def _refuse_beside_startup(options: argparse.Namespace) -> None:
+    """What --startup cannot take notice of is an error."""
+    others = {
+        "--overhead": options.overhead,
+        "--collectives": options.collectives != [Collective.ALL_REDUCE],
+        "--op": options.op != "sum",
+        "--out-of-place": options.out_of_place,
+        "--sizes": options.sizes is not None,
+        "--dtypes": options.dtypes is not None,
+        "--backends": options.backends is not None,
+        "--pin": options.pin is not None,
+    }
+    unfit = [name for name, given in others.items() if given]
+    if unfit:
+        raise ConfigError(f"bench: --startup measures the control plane alone, found {', '.join(unfit)}: leave it out")
+
+
 Progress = Callable[[str], None]
-Answer = tuple[dict[str, Any], Sequence[Row] | Sequence[OverheadRow], str]
+Answer = tuple[dict[str, Any], Sequence[Row] | Sequence[OverheadRow] | Sequence[StartupRow], str]
 
 
 def _bench(options: argparse.Namespace) -> int:
     check(options)
+    if options.startup:
+        return _startup(options)
     code = in_ranks(options)
     if code is not None:
         return code
@@ -138,9 +181,8 @@ def _bench(options: argparse.Namespace) -> int:
         plane = planes.enter_context(init())
 
         def progress(text: str) -> None:
-            if plane.rank == 0 and not options.quiet:
-                end = "\r" if sys.stderr.isatty() else "\n"
-                print(f"{text:<60}", end=end, file=sys.stderr, flush=True)
+            if plane.rank == 0:
+                _say(options, text)
 
         try:
             machine, rows, text = (_overhead if options.overhead else _latency)(options, plane, planes, progress)
@@ -148,12 +190,42 @@ def _bench(options: argparse.Namespace) -> int:
             refused = error  # on every rank alike: no fault, so the ranks part as they would at the end
         else:
             if plane.rank == 0:
-                print(f"{text}\n\non a {in_words(machine)}")
-                if options.json is not None:
-                    answer = {"machine": machine, "rows": [r.to_json() for r in rows]}
-                    options.json.write_text(json.dumps(answer, indent=1) + "\n")
+                _show(options, machine, rows, text)
     if refused is not None:
         raise refused
+    return 0
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    """Progress."""
+    if not options.quiet:
+        print(f"{text:<60}", end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+
+def _show(
+    options: argparse.Namespace,
+    machine: dict[str, Any],
+    rows: Sequence[Row] | Sequence[OverheadRow] | Sequence[StartupRow],
+    text: str,
+) -> None:
+    """Print, and write the JSON if asked for."""
+    print(f"{text}\n\non a {in_words(machine)}")
+    if options.json is not None:
+        answer = {"machine": machine, "rows": [r.to_json() for r in rows]}
+        options.json.write_text(json.dumps(answer, indent=1) + "\n")
+
+
+def _startup(options: argparse.Namespace) -> int:
+    """Virtual ranks, started here. One process, no ranks of torchrun."""
+    from torch.distributed import HashStore
+
+    counts = options.startup_ranks or _counts(_STARTUP_RANKS)
+    with init(store=HashStore(), rank=0, world_size=1) as plane:
+        machine = describe(plane, [], options.argv) | {"ranks": max(counts)}
+    rows = measure_startup(counts, runs=options.rounds, progress=lambda text: _say(options, text))
+    if options.plot is not None:
+        plot_startup(rows, options.plot)
+    _show(options, machine, rows, startup_table(rows))
     return 0
 
 
