@@ -59,7 +59,8 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
             ["-p", "no:cacheprovider", "--pyargs", *tests, *arguments, "--commplane-report", str(report), *options]
         )
         out, err = capfd.readouterr()
-        for name in [n for n in sys.modules if n.startswith(("wrong_", "lean_"))]:  # read anew for the next subject
+        # Read anew for the next subject.
+        for name in [n for n in sys.modules if n.endswith("_plugins") or n.startswith("wrong_")]:
             del sys.modules[name]
         return Run(int(code), json.loads(report.read_text()) if report.exists() else {}, out + err)
 

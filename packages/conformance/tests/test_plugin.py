@@ -84,6 +84,19 @@ def test_skips_say_what_the_backend_lacks(kit: Kit) -> None:
     assert all(reason in run.output for reason in reasons)
 
 
+def test_what_would_prove_another_backend_is_skipped(kit: Kit) -> None:
+    modules = tuple(f"commplane_conformance.comm.test_{name}" for name in ("groups", "all_reduce"))
+    run = kit("half_plugins", "--commplane-ranks", "2", tests=modules)
+    assert run.code == 0, run.output
+    reason = {name.partition("[")[0]: entry.get("reason") for name, entry in run.report["tests"].items()}
+    float32 = "the test uses float32, which subject does not declare"
+    limits = "no call of this case is within the limits that subject declares"
+    assert reason["groups.py::test_several_communicators_interleaved"] == float32
+    assert reason["all_reduce.py::test_any_shape"] == limits
+    assert run.outcome("all_reduce.py::test_any_layout[float16-sum-2-ranks]") == "passed"
+    assert "messages below 4096 or above 8192 bytes went to other backends" in run.output
+
+
 def test_an_expected_failure_does_not_fail_the_run(kit: Kit, listed: Path) -> None:
     listed.write_text(f"# known\n\n{ZERO_ID}  # the accumulator begins at 0.0\n")
     run = kit("wrong_plugins:AddsToZero", "--commplane-ranks", "2", "--commplane-expected-failures", str(listed), tests=(ZERO,))

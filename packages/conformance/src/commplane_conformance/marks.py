@@ -10,13 +10,14 @@ import pytest
 
 from commplane.api import BackendSpec, Capability, Numerics
 
-__all__ = ["MARKERS", "Needs", "at_least", "clause", "clauses_of", "needs", "needs_of", "numerics", "since"]
+__all__ = ["MARKERS", "Needs", "at_least", "clause", "clauses_of", "needs", "needs_dtype", "needs_of", "numerics", "since"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 MARKERS = {
     "clause(*numbers)": "clauses of docs/semantics.md that the test proves, such as S13",
     "needs(*capabilities)": "the backend has to declare these, else the test is skipped",
+    "needs_dtype(name)": "the backend has to declare this dtype, which the test uses, else the test is skipped",
     "numerics(kind)": "the backend has to promise this class of numerics, else the test is skipped",
     "since(major, minor)": "the backend has to be made for this comm API or a later one, else the test is skipped",
     "at_least(ranks)": "the smallest group that the test makes sense with",
@@ -31,6 +32,11 @@ def clause(*numbers: str) -> Callable[[F], F]:
 def needs(*capabilities: Capability) -> Callable[[F], F]:
     """The test is for backends that declare all of these."""
     return pytest.mark.needs(*capabilities)
+
+
+def needs_dtype(name: str) -> Callable[[F], F]:
+    """The test uses this dtype: on a backend that does not declare it, it would prove another backend of the plan."""
+    return pytest.mark.needs_dtype(name)
 
 
 def numerics(kind: Numerics) -> Callable[[F], F]:
@@ -72,6 +78,9 @@ class Needs:
         missing = [str(c) for c in needs_of(item) if c not in self.spec.capabilities]
         if missing:
             return f"{name} does not declare the capability {' and '.join(missing)}"
+        for mark in item.iter_markers("needs_dtype"):
+            if self.spec.dtypes and mark.args[0] not in self.spec.dtypes:
+                return f"the test uses {mark.args[0]}, which {name} does not declare"
         for mark in item.iter_markers("since"):
             wanted: Sequence[int] = mark.args
             if tuple(self.spec.api) < tuple(wanted):

@@ -85,6 +85,9 @@ class Report:
         out = [f"{self.subject.describe()}: {', '.join(f'{n} {outcome}' for outcome, n in sorted(counts.items()))}"]
         skips = Counter(entry["reason"] for entry in self._tests.values() if entry["outcome"] == "skipped")
         out += [f"skipped {n}: {reason}" for reason, n in sorted(skips.items())]
+        least, most = self.subject.spec.min_bytes, self.subject.spec.max_bytes
+        if least or most is not None:
+            out.append(f"messages below {least} or above {most or 'any'} bytes went to other backends of the plan")
         out += [f"declared, but exercised by no test that passed: {what}" for what in self.unexercised()]
         return out
 

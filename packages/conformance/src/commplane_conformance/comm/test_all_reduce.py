@@ -6,7 +6,7 @@ import torch
 
 from commplane.api import Capability, Collective
 from commplane_conformance.cases import GROW_AND_SHRINK, sizes
-from commplane_conformance.marks import clause, needs
+from commplane_conformance.marks import clause, needs, needs_dtype
 from commplane_conformance.oracle import expect, expect_bits, inputs, layouts
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import World
@@ -120,6 +120,7 @@ def reuse_input(rank: Rank, rounds: int) -> None:
 
 
 @clause("S10")
+@needs_dtype("float32")
 def test_the_input_belongs_to_the_caller_when_the_call_returns(world: World) -> None:
     world.run(reuse_input, 200 if world.subject.full else 30)
 
@@ -136,6 +137,7 @@ def results_are_own(rank: Rank) -> None:
 
 
 @clause("S2")
+@needs_dtype("float32")
 def test_results_share_no_memory(world: World) -> None:
     world.run(results_are_own)
 
@@ -152,5 +154,6 @@ def reduce_leaf(rank: Rank) -> None:
 
 
 @clause("S11")
+@needs_dtype("float32")
 def test_collectives_are_outside_of_autograd(world: World) -> None:
     world.run(reduce_leaf)

@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from commplane.api import Capability, Collective, Numerics
-from commplane_conformance.marks import clause, needs, numerics
+from commplane_conformance.marks import clause, needs, needs_dtype, numerics
 from commplane_conformance.oracle import expect_bits, inputs, special_values
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import World
@@ -86,9 +86,9 @@ def in_group_order(rank: Rank) -> None:
 
 @clause("S13")
 @numerics(Numerics.RANK_ORDER)
-def test_sums_are_in_the_order_of_group_ranks(world: World, worlds: object) -> None:
-    if "float32" in world.subject.dtypes:
-        world.run(in_group_order)
+@needs_dtype("float32")
+def test_sums_are_in_the_order_of_group_ranks(world: World) -> None:
+    world.run(in_group_order)
 
 
 def special(rank: Rank, name: str, op: str) -> None:

@@ -12,11 +12,11 @@ import torch
 from commplane import errors
 from commplane.api import Capability
 from commplane.runtime import Communicator
-from commplane_conformance.marks import at_least, clause, needs
+from commplane_conformance.marks import at_least, clause, needs, needs_dtype
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import Outcome, World, Worlds
 
-pytestmark = [needs(Capability.ALL_REDUCE)]
+pytestmark = [needs(Capability.ALL_REDUCE), needs_dtype("float32")]
 
 # What a backend may wait for a peer in a collective, and how long the kit waits for the backend: far more, for a loaded machine.
 _WAIT_S = 2.0

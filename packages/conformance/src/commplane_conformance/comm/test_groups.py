@@ -9,12 +9,12 @@ import torch
 
 from commplane.api import Capability, Collective
 from commplane.runtime import Communicator
-from commplane_conformance.marks import at_least, clause, needs
+from commplane_conformance.marks import at_least, clause, needs, needs_dtype
 from commplane_conformance.oracle import expect_bits
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import World
 
-pytestmark = [needs(Capability.ALL_REDUCE)]
+pytestmark = [needs(Capability.ALL_REDUCE), needs_dtype("float32")]
 
 
 def who_took_part(rank: Rank, comm: Communicator, counts: Sequence[int] = (1, 33, 20_000, 300_000)) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from commplane.api import Capability
-from commplane_conformance.marks import clause, needs
+from commplane_conformance.marks import clause, needs, needs_dtype
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import World
 
-pytestmark = [needs(Capability.ALL_REDUCE)]
+pytestmark = [needs(Capability.ALL_REDUCE), needs_dtype("float32")]
 
 _FORBIDDEN = ("pluggy", "logging", "importlib", "json", "commplane.plugins", "commplane.agree", "commplane.select")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 
 import commplane.api
@@ -22,7 +21,7 @@ from commplane.api import BackendSpec, Capability
 from commplane.config import Config
 from commplane.plugins import PluginHost
 from commplane.testing import shm_leftovers
-from commplane_conformance.marks import clause, needs
+from commplane_conformance.marks import clause, needs, needs_dtype
 from commplane_conformance.rank import Rank
 from commplane_conformance.subject import Subject
 from commplane_conformance.worlds import World, Worlds
@@ -120,6 +119,7 @@ def closes_twice(rank: Rank) -> None:
 
 @clause("S33", "S34")
 @needs(Capability.ALL_REDUCE)
+@needs_dtype("float32")
 def test_close_twice_and_use_after_close(world: World) -> None:
     world.run(closes_twice)
 
@@ -159,6 +159,7 @@ def opens_and_closes(rank: Rank, rounds: int) -> None:
 
 @clause("S33", "S36")
 @needs(Capability.ALL_REDUCE)
+@needs_dtype("float32")
 def test_nothing_is_left_after_many_communicators(world: World) -> None:
     world.run(opens_and_closes, 40 if world.subject.full else 8)
 
@@ -182,6 +183,7 @@ def forgotten(rank: Rank) -> None:
 
 @clause("S34")
 @needs(Capability.ALL_REDUCE)
+@needs_dtype("float32")
 def test_a_forgotten_communicator_warns(worlds: Worlds, size: int) -> None:
     with worlds.fresh(size) as world:
         world.run(forgotten)
@@ -206,9 +208,8 @@ def prepares(rank: Rank, nbytes: int) -> None:
 
 @clause("S27", "S31")
 @needs(Capability.ALL_REDUCE)
+@needs_dtype("float32")
 def test_prepare(world: World) -> None:
-    if "float32" not in world.subject.dtypes:
-        pytest.skip("the backend does not declare float32")
     world.run(prepares, 1 << 20)
 
 
@@ -231,6 +232,7 @@ def records(rank: Rank) -> None:
 
 @clause("S46")
 @needs(Capability.ALL_REDUCE)
+@needs_dtype("float32")
 def test_flight_records(world: World) -> None:
     world.run(records)
 
@@ -251,6 +253,7 @@ def steady_memory(rank: Rank) -> int:
 
 @clause("S57")
 @needs(Capability.ALL_REDUCE)
+@needs_dtype("float32")
 def test_calls_leave_no_memory_behind(world: World) -> None:
     for r, grown in enumerate(world.run(steady_memory)):
         assert grown < 64_000, f"a thousand calls left {grown} bytes of Python memory on rank {r}: something keeps each call"

@@ -8,7 +8,7 @@ import torch
 
 from commplane import errors
 from commplane.api import Capability, Collective, ReduceOp
-from commplane_conformance.marks import clause, needs
+from commplane_conformance.marks import clause, needs, needs_dtype
 from commplane_conformance.oracle import expect_bits
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import World, Worlds
@@ -51,6 +51,7 @@ def refusals(rank: Rank) -> None:
 
 
 @clause("S5", "S6", "S7", "S21")
+@needs_dtype("float32")
 def test_what_no_backend_serves_is_refused_and_nothing_is_out_of_step(world: World) -> None:
     world.run(refusals)
 
@@ -64,6 +65,7 @@ def other_device(rank: Rank) -> None:
 
 
 @clause("S9", "S21")
+@needs_dtype("float32")
 def test_a_tensor_on_another_device_is_refused(world: World) -> None:
     world.run(other_device)
 
@@ -119,6 +121,6 @@ def limits(rank: Rank) -> None:
 
 
 @clause("S12")
+@needs_dtype("float32")
 def test_sizes_at_the_declared_limits(world: World) -> None:
-    if "float32" in world.subject.dtypes:
-        world.run(limits)
+    world.run(limits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from commplane.api import Capability
-from commplane_conformance.marks import clause, needs
+from commplane_conformance.marks import clause, needs, needs_dtype
 from commplane_conformance.oracle import expect, expect_bits, inputs
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import World
@@ -53,6 +53,7 @@ def several(rank: Rank) -> None:
 
 
 @clause("S17")
+@needs_dtype("float32")
 def test_several_buffers_at_once(world: World) -> None:
     world.run(several)
 
@@ -71,5 +72,6 @@ def outlive(rank: Rank) -> None:
 
 
 @clause("S18")
+@needs_dtype("float32")
 def test_memory_outlives_the_communicator(world: World) -> None:
     world.run(outlive)

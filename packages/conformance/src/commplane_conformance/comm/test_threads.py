@@ -12,11 +12,11 @@ import torch
 from commplane import errors
 from commplane.api import Capability
 from commplane.runtime import Communicator
-from commplane_conformance.marks import clause, needs
+from commplane_conformance.marks import clause, needs, needs_dtype
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import World, Worlds
 
-pytestmark = [needs(Capability.ALL_REDUCE)]
+pytestmark = [needs(Capability.ALL_REDUCE), needs_dtype("float32")]
 
 
 def in_thread(call: Callable[[], None]) -> threading.Thread:
