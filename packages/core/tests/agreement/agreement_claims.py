@@ -17,6 +17,9 @@ from commplane import errors
 # Virtual time is added up in floating point, and a probe is given 10 ms where nothing is left of the deadline of all.
 SLACK_S = 0.05
 
+# S43: "within about a second". Ranks look twice a second, with pauses of up to a quarter between.
+SOON_S = 1.5
+
 # S28: what a wait of the control plane may last. The first pattern that matches the name of the round counts.
 T = STARTUP_S
 LIMITS: list[tuple[str, float]] = [
@@ -45,6 +48,7 @@ def judge(case: Case) -> None:
     _every_call_ends_in_time(case)
     judge_untimed(case)
     _nobody_is_given_up_too_early(case)
+    _hopeless_waits_end_soon(case)
 
 
 def judge_untimed(case: Case) -> None:
@@ -57,6 +61,22 @@ def judge_untimed(case: Case) -> None:
     _lost_ranks_only_raise(case)
     _everything_is_released(case)
     _everybody_can_explain(case)
+
+
+def _hopeless_waits_end_soon(case: Case) -> None:
+    """S43: for a rank that has ended, and for each other in different communicators, nobody waits much longer than a second."""
+    if len(case.scenario.faults) != 1 or not case.fired:
+        return
+    fault, step = next(iter(case.fired.items()))
+    if fault.how == "swapped":
+        for record in (r for log in case.logs.values() for r in log if r.step.startswith("create") and r.ended is not None):
+            took = record.ended - record.began if record.ended else 0.0
+            assert took <= SOON_S, f"ranks that wait for each other raised after {took:g} s only, in {record.step}"
+    if fault.how == "die" and step != "init" and not step.startswith("leave"):
+        for wait in case.waits:
+            if fault.rank in wait.members and wait.rank != fault.rank and wait.ended > case.died[fault.rank]:
+                took = wait.ended - max(wait.began, case.died[fault.rank])
+                assert took <= SOON_S, f"rank {wait.rank} waited {took:g} s in {wait.what!r} for a rank that had ended"
 
 
 def lost(case: Case) -> set[int]:
@@ -200,7 +220,7 @@ def _everybody_can_explain(case: Case) -> None:
     if len(case.scenario.faults) != 1 or not case.fired:
         return
     fault, step = next(iter(case.fired.items()))
-    if fault.how in ("silence", "lost", "interrupt") or step.startswith("leave"):
+    if fault.how in ("silence", "lost", "interrupt", "swapped") or step.startswith("leave"):
         return
     gone = lost(case)
     for rank, log in case.logs.items():

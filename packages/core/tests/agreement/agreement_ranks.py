@@ -56,6 +56,7 @@ class Wait:
     rank: int
     who: str
     what: str
+    members: tuple[int, ...]
     began: float
     ended: float
 
@@ -74,6 +75,7 @@ class Case:
         exchange: how the backends reach each other.
         start: `commplane.init` for one rank.
         real: on real processes, where time depends on what else the machine does.
+        died: rank -> when.
         cut_off: ranks that have waited in vain for the store, or were told that it is gone.
     """
 
@@ -91,6 +93,7 @@ class Case:
     stuck: list[str] = field(default_factory=list)
     cut_off: set[int] = field(default_factory=set)
     interrupted: set[int] = field(default_factory=set)
+    died: dict[int, float] = field(default_factory=dict)
 
     def text_of(self, fault: Fault) -> str:
         """What the rank says where it fails."""
@@ -120,6 +123,7 @@ class Case:
             if fault.phase == "anywhere" and fault.rank == rank and fault.point == self.simulation.points[rank]:
                 if fault.how == "die":
                     self._fire(fault)
+                    self.died[rank] = self.simulation.time
                     self.simulation.kill_at[rank] = fault.point
                 elif fault.how == "lost":
                     self._fire(fault)
@@ -197,7 +201,7 @@ def _watched(case: Case) -> Iterator[None]:
                 deep[place] -= 1
                 if not deep[place]:  # a farewell holds a barrier: they are one wait
                     what = "farewell" if name == "farewell" else str(kwargs["what"])
-                    case.waits.append(Wait(place[0], self._who, what, began, simulation.time))
+                    case.waits.append(Wait(place[0], self._who, what, self.ranks, began, simulation.time))
 
         return call
 
@@ -275,9 +279,12 @@ def _fire_interrupt(case: Case, rank: int) -> None:
 def _script(case: Case, plane: Plane) -> None:
     rank, groups = plane.rank, case.scenario.groups
     held: dict[int, Communicator] = {}
-    for g, members in enumerate(groups):
-        if rank not in members:
-            continue
+    mine = [(g, members) for g, members in enumerate(groups) if rank in members]
+    for fault in case.scenario.faults:
+        if (fault.phase, fault.rank) == ("order", rank) and len(mine) > 1:
+            case.fired[fault] = "create 0"
+            mine.reverse()
+    for g, members in mine:
         case.strike("before", rank, g, None)
         wanted: Sequence[str] | None = case.scenario.wanted or None
         fault = next((f for f in case.scenario.faults if (f.phase, f.rank, f.group) == ("request", rank, g)), None)

@@ -30,6 +30,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "rendezvous": ("raise", "late"),
     "canary": ("wrong", "raise", "late"),
     "before": ("late",),
+    "order": ("swapped",),
     "prepare": ("raise", "late", "differs"),
     "empty": ("raise", "late", "differs"),
     "capture": ("more", "fewer", "other", "raise", "late"),
@@ -115,7 +116,7 @@ def faults(draw: st.DrawFn, ranks: int, groups: tuple[tuple[int, ...], ...], bac
     phase = draw(st.sampled_from([*sorted(FAULTS), "anywhere", "anywhere", "anywhere"]))
     how = draw(st.sampled_from(FAULTS[phase]))
     group = draw(st.integers(0, len(groups) - 1))
-    inside = phase not in ("plugins", "config", "init", "spec", "anywhere", "capture")
+    inside = phase not in ("plugins", "config", "init", "spec", "anywhere", "capture", "order")
     rank = draw(st.sampled_from(groups[group])) if inside else draw(st.integers(0, ranks - 1))
     seconds = draw(_LATE) if how in ("late", "interrupt", "silence") else 0.0
     point = draw(st.integers(1, 60) | st.integers(1, 200) | st.integers(1, 600)) if phase == "anywhere" else 0
