@@ -209,9 +209,9 @@ class StoreBootstrap:
         if not ended:
             return None
         if self.world_size > _MANY:  # the others, who look elsewhere, are told
-            lost = {"missing": [self._ranks.index(r) for r in ended], "ended": list(ended), "patience": self._timeout}
+            told = {"missing": [self._ranks.index(r) for r in ended], "ended": list(ended), "patience": self._timeout}
             try:
-                self._store.decide(f"{self._prefix}/failed", json.dumps(lost))
+                self._store.decide(f"{self._prefix}/failed", json.dumps(told))
             except PeerError as error:
                 return error
         names = f"{'rank' if len(ended) == 1 else 'ranks'} {', '.join(map(str, ended))}"
