@@ -42,8 +42,9 @@ def fault(rank: Rank, culprit: int, stage: str, how: str) -> Iterator[dict[str, 
         if mine and at == stage:
             if how == "raise":
                 raise RuntimeError(f"injected into {at}")
-            if how == "stall":
-                time.sleep(3 * _STARTUP_S)
+            if how == "stall":  # long after the others have gone on
+                time.sleep(2 * _STARTUP_S)
+                raise RuntimeError(f"injected into {at}, late")
 
     def probe_(request: Any, facts: Any) -> Any:
         strike("probe")
