@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from commplane_mpi.probe import probe
 
 import commplane
+from commplane.api import Facts, GroupKey, ProbeRequest, RankFacts, Unusable, Usable
 from commplane.testing import run_processes as run_some_processes
 
 pytestmark = pytest.mark.timeout(170)
@@ -165,6 +167,26 @@ def what_the_probe_says(store: Any, rank: int, world_size: int, initialise: str)
 def test_the_probe_says_why_not(initialise: str, env: dict[str, str], wanted: str) -> None:
     for reason in results(run_processes(2, what_the_probe_says, initialise, env=lambda _: {"MPI4PY_RC_INITIALIZE": "0", **env})):
         assert wanted in reason
+
+
+def verdict(*ranks: dict[str, Any]) -> Any:
+    machine = {"machine": "x86_64", "python": "3.11", "torch": None, "memory_limit": 1, "cores": (0,), "devices": ()}
+    process = {"pid_start": 1, "pid_namespace": "n", "shm_free": 1}
+    facts = Facts(RankFacts(rank=i, **rank, **process, **machine) for i, rank in enumerate(ranks))  # type: ignore[arg-type]
+    return probe(ProbeRequest(GroupKey(tuple(facts), "cpu", "tp"), 0, {}), facts)
+
+
+def test_a_group_that_spans_hosts_is_refused_where_ranks_connect_one_by_one() -> None:
+    refused = verdict({"host": "a", "pid": 1, "shm_domain": 0}, {"host": "b", "pid": 2, "shm_domain": 1})
+    assert isinstance(refused, Unusable)
+    assert "the group spans hosts (rank 0 on a; rank 1 on b)" in refused.reason
+    assert isinstance(verdict({"host": "a", "pid": 1, "shm_domain": 0}, {"host": "a", "pid": 2, "shm_domain": 0}), Usable)
+
+
+def test_threads_of_one_process_are_refused() -> None:
+    refused = verdict({"host": "a", "pid": 1, "shm_domain": 0}, {"host": "a", "pid": 1, "shm_domain": 0})
+    assert isinstance(refused, Unusable)
+    assert "threads of one process" in refused.reason
 
 
 MPIEXEC = """

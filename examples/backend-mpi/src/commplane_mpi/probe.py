@@ -19,6 +19,9 @@ def probe(request: ProbeRequest, facts: Facts) -> Verdict:
     if name or not MPI.Is_initialized():
         if vendor != "MPICH":
             return Unusable(f"{library} connects only what its mpiexec started: start the ranks with it, or install mpich")
+        if not facts.same_host(request.ranks):
+            hosts = facts.describe_hosts(request.ranks)
+            return Unusable(f"the group spans hosts ({hosts}), and MPI connects ranks only inside one: start them with mpiexec")
         return Usable({"library": library, "wire_up": "connect and accept"})
     if MPI.COMM_WORLD.size < request.world_size:
         found = f"MPI was initialised before, in a world of {MPI.COMM_WORLD.size} where the group has {request.world_size} ranks"

@@ -35,13 +35,14 @@ def initialise() -> None:
         answering, asking = socket.socketpair()
         own = uuid.uuid4().hex
         threading.Thread(target=_answer, args=(answering, own), daemon=True).start()
-        inherited = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PMI")}
-        ours = {"PMI_FD": str(asking.detach()), "PMI_RANK": "0", "PMI_SIZE": "1"}
+        inherited = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith(("PMI", "UCX_TLS"))}
+        # Shared memory alone: over a network, MPICH 5.0 ends a process whose peer has died.
+        ours = {"PMI_FD": str(asking.detach()), "PMI_RANK": "0", "PMI_SIZE": "1", "UCX_TLS": "sm,self"}
         init = ctypes.CDLL(MPI.__file__).MPI_Init_thread  # not MPI.Init_thread: Python's lock is for the thread that answers
         os.environ.update(ours)
         status = init(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
-        for name in ours:
-            del os.environ[name]
+        for key in ours:
+            del os.environ[key]
         os.environ.update(inherited)
         if status != MPI.SUCCESS or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise RuntimeError(f"MPI_Init_thread wanted MPI_THREAD_MULTIPLE and got less, or error {status}")
