@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import nox
@@ -141,6 +142,32 @@ def example_mpi(session: nox.Session) -> None:
     with session.chdir(session.create_tmp()):
         session.run("pytest", "--pyargs", KIT.module, "--commplane-backend", "mpi", *options)
         session.run("commplane", "bench", "--backends", "mpi")
+
+
+@nox.session
+def template(session: nox.Session) -> None:
+    """Render template/ in both kinds and run all of each project's own noxfile, the kit with 2 to 4 ranks too; `-- --full`."""
+    install_wheels(session, CORE, KIT)
+    install(session, *group("test"), *group("type"))
+    options = ["--commplane-full" if option == "--full" else option for option in session.posargs]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        # Out of the repository, of which copier would take the last commit.
+        shutil.copytree(ROOT / "template", folder / "source" / "template")
+        for name in ("copier.yml", "LICENSE"):
+            shutil.copy(ROOT / name, folder / "source")
+        held, wheels = folder / "constraints.txt", (Path(session.create_tmp()) / "wheels").resolve().glob("*.whl")
+        by_path = [f"{wheel.name.partition('-')[0]} @ {wheel.as_uri()}\n" for wheel in wheels]
+        held.write_text((ROOT / "constraints.txt").read_text() + "".join(by_path))
+        for kind in ("pure", "native"):
+            answers = ["--data", "backend_name=acme", "--data", "author=Acme", "--data", f"kind={kind}"]
+            session.run("copier", "copy", "--defaults", "--quiet", *answers, str(folder / "source"), str(folder / kind))
+            with session.chdir(folder / kind):
+                # The environments of the first kind serve the second: torch is installed once for each session.
+                nested = ["nox", "-r", "--envdir", str(folder / "nox"), "--default-venv-backend", "virtualenv"]
+                env = {"PIP_CONSTRAINT": str(held)}
+                session.run(*nested, "-s", "lint", "tests", "isolated", env=env)
+                session.run(*nested, "-s", "conformance", "--", *options, env=env)
 
 
 @nox.session
