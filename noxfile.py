@@ -117,7 +117,7 @@ def backend(session: nox.Session, name: str) -> None:
 @nox.session
 @nox.parametrize("name", [nox.param(name, id=name) for name in ("torch", *BACKENDS)])
 def conformance(session: nox.Session, name: str) -> None:
-    """The conformance kit for one backend, from an empty folder with wheels alone; `-- --full`, or options of pytest and the kit."""
+    """The kit for one backend, from an empty folder with wheels alone; `-- --full`, or options of pytest and the kit."""
     package = BACKENDS.get(name, CORE)
     install_wheels(session, CORE, KIT, *([] if package is CORE else [package]))
     install(session, "pytest>=8.2")
@@ -160,7 +160,8 @@ def template(session: nox.Session) -> None:
         by_path = [f"{wheel.name.partition('-')[0]} @ {wheel.as_uri()}\n" for wheel in wheels]
         held.write_text((ROOT / "constraints.txt").read_text() + "".join(by_path))
         for kind in ("pure", "native"):
-            answers = ["--data", "backend_name=acme", "--data", "author=Acme", "--data", f"kind={kind}"]
+            # A long name: lines that it makes too long would show in the lint.
+            answers = ["--data", "backend_name=a_rather_long_name", "--data", "author=Acme", "--data", f"kind={kind}"]
             session.run("copier", "copy", "--defaults", "--quiet", *answers, str(folder / "source"), str(folder / kind))
             with session.chdir(folder / kind):
                 # The environments of the first kind serve the second: torch is installed once for each session.
