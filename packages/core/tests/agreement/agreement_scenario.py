@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
+
+T = TypeVar("T")
 
 STARTUP_S = 4.0
 """The start-up deadline of every case; a wait of a running collective has half of it."""
@@ -107,54 +110,56 @@ class Scenario:
 
 
 # Within the deadline of an attempt's rounds; beyond it, within that of a step; beyond that; beyond every vote.
-_LATE = st.sampled_from([0.4, 3.5, 5.0, 20.0, FOREVER_S])
+_LATE = (0.4, 3.5, 5.0, 20.0, FOREVER_S)
+
+
+def _one(draw: st.DrawFn, items: Sequence[T]) -> T:
+    """Any of `items`, each as likely: hypothesis would mostly take the first, and fault rank 0. Shrinks to the first."""
+    return items[draw(st.integers(0, 2**32 - 1)) % len(items)]
 
 
 @st.composite
 def faults(draw: st.DrawFn, ranks: int, groups: tuple[tuple[int, ...], ...], backends: int) -> Fault:
     """One fault that can happen in a case of that size."""
-    phase = draw(st.sampled_from([*sorted(FAULTS), "anywhere", "anywhere", "anywhere"]))
-    how = draw(st.sampled_from(FAULTS[phase]))
-    group = draw(st.integers(0, len(groups) - 1))
-    inside = phase not in ("plugins", "config", "init", "spec", "anywhere", "capture", "order")
-    rank = draw(st.sampled_from(groups[group])) if inside else draw(st.integers(0, ranks - 1))
-    seconds = draw(_LATE) if how in ("late", "interrupt", "silence") else 0.0
-    point = draw(st.integers(1, 60) | st.integers(1, 200) | st.integers(1, 600)) if phase == "anywhere" else 0
+    phase = _one(draw, [*sorted(FAULTS), "anywhere", "anywhere", "anywhere"])
+    how = _one(draw, FAULTS[phase])
+    group = _one(draw, range(len(groups)))
+    everywhere = phase in ("plugins", "config", "init", "spec", "anywhere", "capture", "order")
     return Fault(
         phase,
         how,
-        rank,
-        group,
-        draw(st.integers(0, backends - 1)) if backends else 0,
-        seconds,
-        point,
-        how == "silence" and draw(st.booleans()),
+        rank=_one(draw, range(ranks) if everywhere else groups[group]),
+        group=group,
+        backend=_one(draw, range(max(backends, 1))),
+        seconds=_one(draw, _LATE) if how in ("late", "interrupt", "silence") else 0.0,
+        point=1 + _one(draw, range(_one(draw, (60, 200, 600)))) if phase == "anywhere" else 0,
+        everywhere=how == "silence" and draw(st.booleans()),
     )
 
 
 @st.composite
 def scenarios(draw: st.DrawFn, most_ranks: int = 64) -> Scenario:
     """Mostly few ranks, sometimes many; mostly one fault, sometimes none or several."""
-    ranks = draw(st.one_of(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(2, 8)))
-    if most_ranks > 8 and draw(st.integers(0, 99)) == 99:
-        ranks = draw(st.integers(9, 24) | st.integers(9, 24) | st.integers(9, most_ranks))
+    ranks = _one(draw, [1, *[2, 3, 4] * 4, 5, 6, 7, 8])
+    if most_ranks > 8 and _one(draw, range(100)) == 99:
+        ranks = 9 + _one(draw, range(_one(draw, [16, 16, most_ranks - 8])))
     everyone = tuple(range(ranks))
     groups = [everyone]
-    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
-        members = draw(st.lists(st.sampled_from(everyone), min_size=1, max_size=min(ranks, 6), unique=True))
-        groups.append(tuple(members))
-    if draw(st.integers(0, 7)) == 7:
+    for _ in range(_one(draw, [0, 0, 0, 1, 2])):
+        others = list(everyone)
+        size = 1 + _one(draw, range(min(ranks, 6)))
+        groups.append(tuple(others.pop(_one(draw, range(len(others)))) for _ in range(size)))
+    if _one(draw, range(8)) == 7:
         groups.reverse()
-    backends = draw(st.sampled_from([0, 1, 2, 2, 3]))
-    wanted = draw(st.sampled_from([(), (), (), ("a",), ("b", "a")])) if backends > 1 else ()
-    several = draw(st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 0]))
+    backends = _one(draw, [2, 1, 3, 2, 2, 2, 3, 0])
+    wanted: tuple[str, ...] = _one(draw, [(), (), (), ("a",), ("b", "a")]) if backends > 1 else ()
     return Scenario(
         ranks=ranks,
         groups=tuple(groups),
         backends=backends,
         wanted=wanted,
         strict=draw(st.booleans()),
-        faults=tuple(draw(faults(ranks, tuple(groups), backends)) for _ in range(several)),
+        faults=tuple(draw(faults(ranks, tuple(groups), backends)) for _ in range(_one(draw, [*[1] * 8, 2, 2, 3, 0]))),
         seed=draw(st.integers(0, 2**32 - 1)),
-        restless=draw(st.sampled_from([0.05, 0.3, 1.0])),
+        restless=_one(draw, (0.3, 0.05, 1.0)),
     )

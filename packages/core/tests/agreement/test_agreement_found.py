@@ -47,6 +47,16 @@ def test_a_rank_that_waited_in_a_capture_raises_from_the_reason_of_the_rank_that
     assert "rank 1 failed inside the capture: RuntimeError: as rank 1 was told for capture" in str(error.__cause__)
 
 
+def test_communicators_can_be_closed_after_an_interrupt_in_the_vote_on_a_capture() -> None:
+    steps = []
+    for point in range(100, 260, 4):
+        fault = Fault("anywhere", "interrupt", rank=0, point=point)
+        case = play(Scenario(2, ((0, 1), (0, 1)), faults=(fault,), seed=1, restless=1.0))
+        judge(case)
+        steps.append(case.fired.get(fault))
+    assert "capture" in steps
+
+
 def test_backends_are_closed_when_a_rank_is_cut_off_or_interrupted_at_any_point_of_their_creation() -> None:
     built = 0
     for how in ("lost", "interrupt"):

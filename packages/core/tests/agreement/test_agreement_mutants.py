@@ -59,7 +59,7 @@ def _with_another_timeout(patch: Patch, change: Callable[[StoreBootstrap, float]
 
 @mutant
 def a_rank_leaves_a_round_early(patch: Patch) -> None:
-    _with_another_timeout(patch, lambda self, timeout: timeout / 2 if self.rank == 0 else timeout)
+    _with_another_timeout(patch, lambda self, timeout: timeout / 20 if self.rank == 0 else timeout)
 
 
 @mutant

@@ -41,7 +41,14 @@ def capture_all(guard: CaptureGuard, communicators: Sequence[Communicator]) -> I
         for c in entered:
             if c.captures:
                 c.abort()
-    outcomes = [c._capture_end(failure) for c in entered]
+    outcomes: list[CaptureError | None] = []
+    try:
+        for c in entered:
+            outcomes.append(c._capture_end(failure))
+    except BaseException:  # interrupted in a vote: this rank comes to none of those behind it
+        for c in entered[len(outcomes) :]:
+            c._capture_interrupted()
+        raise
     if failure is not None:
         cause = next((o for o in outcomes if o is not None), None)
         if isinstance(failure, PeerError) and cause is not None:  # who only waited in vain has learned from the vote why

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from commplane.agree import StoreBootstrap, abort_backend, close_backend
 from commplane.api import Capability, CommBackend, GroupKey, refuse_overlap
-from commplane.errors import CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
+from commplane.errors import AgreementError, CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
 from commplane.flight import GroupFlight
 from commplane.handles import register
 from commplane.notice import notice
@@ -328,6 +328,12 @@ class Communicator:
             )
         self._host.notify("commplane_capture_end", communicator=self, error=error or outcome)
         return outcome
+
+    def _capture_interrupted(self) -> None:
+        """This rank does not end the capture: nothing more can be called, and peers are let go. Local."""
+        self._capturing = False
+        if self.captures:
+            self.poison(AgreementError(f"{self.who} vote on the capture was interrupted"))
 
     # End of life.
 
