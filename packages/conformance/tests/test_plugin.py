@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,18 @@ LITERAL_ID = "life.py::test_the_api_number_is_a_literal"
 def listed(tmp_path: Path) -> Path:
     """A file of expected failures, empty."""
     return tmp_path / "expected.txt"
+
+
+def test_the_plugin_alone_loads_neither_commplane_nor_torch() -> None:
+    code = "import sys, commplane_conformance.plugin; print(sorted({'commplane', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_kit_is_not_spread_over_workers(kit: Kit) -> None:
+    run = kit("wrong_plugins:Honest", "-p", "spreads", "--numprocesses", "2")
+    assert run.code == 4
+    assert "wanted no pytest-xdist, found -n" in run.output
 
 
 def test_without_a_backend_the_tests_refuse_to_run(kit: Kit) -> None:

@@ -10,18 +10,9 @@ import pytest
 
 from commplane.api import BackendSpec, Capability, Numerics
 
-__all__ = ["MARKERS", "Needs", "at_least", "clause", "clauses_of", "needs", "needs_dtype", "needs_of", "numerics", "since"]
+__all__ = ["Needs", "at_least", "clause", "clauses_of", "needs", "needs_dtype", "needs_of", "numerics", "since"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-MARKERS = {
-    "clause(*numbers)": "clauses of docs/semantics.md that the test proves, such as S13",
-    "needs(*capabilities)": "the backend has to declare these, else the test is skipped",
-    "needs_dtype(name)": "the backend has to declare this dtype, which the test uses, else the test is skipped",
-    "numerics(kind)": "the backend has to promise this class of numerics, else the test is skipped",
-    "since(major, minor)": "the backend has to be made for this comm API or a later one, else the test is skipped",
-    "at_least(ranks)": "the smallest group that the test makes sense with",
-}
 
 
 def clause(*numbers: str) -> Callable[[F], F]:

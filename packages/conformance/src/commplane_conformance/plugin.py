@@ -1,7 +1,7 @@
 """The pytest plugin: options, what is run for which backend, expected failures, the report.
 
-Loaded in every pytest run of an environment that has this wheel, so importing it loads nothing heavy, and without
-``--commplane-backend`` it does nothing but define its options and markers.
+Loaded in every pytest run of an environment that has this wheel, so importing it loads nothing but pytest: not commplane either,
+which may be the very thing that is broken there. Without ``--commplane-backend`` it only defines its options and markers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from commplane_conformance import marks
-
 if TYPE_CHECKING:
     from commplane_conformance.report import Report
     from commplane_conformance.subject import Subject
@@ -24,6 +22,15 @@ REPORT: pytest.StashKey[Report] = pytest.StashKey()
 
 _HERE = Path(__file__).parent
 _RANKS = (2, 3, 4)
+
+_MARKERS = {
+    "clause(*numbers)": "clauses of docs/semantics.md that the test proves, such as S13",
+    "needs(*capabilities)": "the backend has to declare these, else the test is skipped",
+    "needs_dtype(name)": "the backend has to declare this dtype, which the test uses, else the test is skipped",
+    "numerics(kind)": "the backend has to promise this class of numerics, else the test is skipped",
+    "since(major, minor)": "the backend has to be made for this comm API or a later one, else the test is skipped",
+    "at_least(ranks)": "the smallest group that the test makes sense with",
+}
 
 
 def _ranks(text: str) -> tuple[int, ...]:
@@ -52,11 +59,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name, text in marks.MARKERS.items():
+    for name, text in _MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
     name = config.getoption("commplane_backend")
     if name is None:
         return
+    if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
+        raise pytest.UsageError("the kit starts processes of its own, wanted no pytest-xdist, found -n: leave it out or add -n 0")
     from commplane.errors import CommplaneError
     from commplane_conformance.expected import ExpectedFailuresError, read_expected
     from commplane_conformance.report import Report
@@ -104,6 +113,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     report = config.stash.get(REPORT, None)
     if report is None:
         raise pytest.UsageError("the tests of commplane_conformance want --commplane-backend NAME")
+    from commplane_conformance import marks
+
     needs = marks.Needs(report.subject.spec)
     for item in ours:
         report.collected(item)
@@ -124,6 +135,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     outcome = yield
     report = item.config.stash.get(REPORT, None)
     if report is not None and _of_the_kit(item):
+        from commplane_conformance import marks
+
         report.record(item, outcome)
         clauses = marks.clauses_of(item)
         if outcome.failed and clauses:

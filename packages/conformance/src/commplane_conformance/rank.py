@@ -5,8 +5,10 @@ The fork server loads this module once, torch with it, so that a new rank costs 
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +22,12 @@ from torch.distributed import TCPStore
 
 import commplane
 from commplane.api import BackendSpec, Collective, CommBackend
-from commplane.plugins import PluginHost
 from commplane.runtime import Communicator, Plane
 from commplane.testing import without_canary
 
-__all__ = ["Job", "Rank", "Skip", "main"]
+__all__ = ["Job", "Rank", "Skip", "main", "tail"]
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Skip(Exception):
@@ -44,7 +47,6 @@ class Job:
         config: settings.
         form: whether a communicator over all ranks is formed at once.
         log: file for what the rank prints.
-        plugins: makes the plugin host, given the rank; None for what is installed.
     """
 
     backend: str
@@ -55,7 +57,6 @@ class Job:
     config: Mapping[str, Any]
     form: bool
     log: str
-    plugins: Callable[[int], PluginHost] | None = None
 
 
 @dataclass
@@ -134,6 +135,8 @@ class Rank:
 
 def main(connection: Connection, job: Job) -> None:
     """Serve until the other end closes. The first message back says whether the rank came up."""
+    # The fork server ends with pytest, however that ended; a rank that hangs or is stopped would stay otherwise.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -147,8 +150,7 @@ def main(connection: Connection, job: Job) -> None:
         if job.device == "cuda":
             torch.cuda.set_device(job.rank % torch.cuda.device_count())
         store = TCPStore("127.0.0.1", job.port, is_master=False)
-        plugins = None if job.plugins is None else job.plugins(job.rank)
-        plane = commplane.init(store=store, rank=job.rank, world_size=job.world_size, config=job.config, plugins=plugins)
+        plane = commplane.init(store=store, rank=job.rank, world_size=job.world_size, config=job.config)
         rank = Rank(job, plane)
         if job.form:
             rank.comms["conformance"] = rank.form("conformance")

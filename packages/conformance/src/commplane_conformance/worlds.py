@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from commplane.plugins import PluginHost
 from commplane_conformance.rank import Job, main, tail
 from commplane_conformance.subject import Subject
 
@@ -71,7 +70,6 @@ class World:
         size: number of ranks.
         config: settings of all ranks.
         form: whether a communicator over all ranks is formed at once.
-        plugins: a module-level function that makes the plugin host of a rank; unset for what is installed.
     """
 
     def __init__(
@@ -81,7 +79,6 @@ class World:
         *,
         config: Mapping[str, Any] | None = None,
         form: bool = True,
-        plugins: Callable[[int], PluginHost] | None = None,
     ) -> None:
         from torch.distributed import TCPStore
 
@@ -99,7 +96,7 @@ class World:
         for rank in range(size):
             ours, theirs = context.Pipe()
             log = f"{self._folder.name}/rank{rank}.log"
-            job = Job(subject.name, subject.device, rank, size, self._store.port, settings, form, log, plugins)
+            job = Job(subject.name, subject.device, rank, size, self._store.port, settings, form, log)
             process = context.Process(target=main, args=(theirs, job), daemon=True)
             process.start()
             theirs.close()
