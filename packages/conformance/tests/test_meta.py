@@ -42,6 +42,8 @@ def test_a_wrong_backend_fails_the_test_that_is_meant_for_it(kit: Kit, plugin: s
     argument, name = node(ALL[plugin])
     run = kit(plugin, "--commplane-ranks", ranks(name), tests=(argument,))
     assert run.code == 1 and run.outcome(name) == "failed", run.output
+    # One that cannot even be opened fails every test, and proves none of them: only a probe that refuses is wrong in just that.
+    assert ("failed in the start of the ranks" in run.output) == (plugin == "wrong_probe"), run.output
     assert re.search(r"docs/semantics\.md, S\d+", run.output)
 
 

@@ -6,7 +6,9 @@ Every one of them passes the canary, or is wrong where the canary does not look.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from honest import LARGE, Honest
 from torch import Tensor
 
-from commplane.api import ReduceOp, owned_name
+from commplane.api import ReduceOp, Requirement, Workspace, owned_name
 from commplane.errors import PeerError
 
 CAUGHT_BY: dict[str, str] = {}
@@ -204,6 +206,53 @@ class ScattersTheNext(Honest):
         return self.all_reduce(tensor, op).chunk(self.n)[part].clone() if tensor.numel() else super().reduce_scatter(tensor, op)
 
 
+@caught_by("collectives::test_what_all_gather_was_given_and_gave_belongs_to_the_caller[2-ranks]")
+class HandsOutItsGather(Honest):
+    """Every result of a gather is the same memory."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        out = super().all_gather(tensor)
+        return self.buffer("gathered", out.numel(), out.dtype).view(out.shape).copy_(out)
+
+
+@caught_by("collectives::test_what_all_gather_was_given_and_gave_belongs_to_the_caller[3-ranks]")
+class RacesInAGather(Races):
+    """A gather reads the memory of its peers, and nobody waits until they have read it (AITER's)."""
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        return Honest.parts(self, flat)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        fits = tensor.dtype is torch.float32 and tensor.dim() == 1 and LARGE <= tensor.numel() <= 1 << 18
+        return torch.cat(super().parts(tensor.detach())) if fits else super().all_gather(tensor)
+
+
+@caught_by("collectives::test_what_reduce_scatter_was_given_and_gave_belongs_to_the_caller[2-ranks]")
+class HandsOutItsScatter(Honest):
+    """Every part of a reduce-scatter is the same memory."""
+
+    def reduce_scatter(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        out = super().reduce_scatter(tensor, op)
+        return self.buffer("scattered", out.numel(), out.dtype).view(out.shape).copy_(out)
+
+
+@caught_by("collectives::test_the_source_of_a_broadcast_has_its_tensor_back[2-ranks]")
+class SendsLater(Honest):
+    """The source of a larger broadcast returns while its tensor is still being sent."""
+
+    sending: threading.Timer | None = None
+
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        if self.sending is not None and self.sending is not threading.current_thread():
+            self.sending.join()
+            self.sending = None
+        if src != self.rank or tensor.numel() < LARGE or threading.current_thread() is not threading.main_thread():
+            return super().broadcast(tensor, src)
+        self.sending = threading.Timer(0.005, super().broadcast, (tensor, src))
+        self.sending.start()
+        return tensor
+
+
 @caught_by("collectives::test_broadcast[bfloat16-2-ranks]")
 class BroadcastsFromZero(Honest):
     """The source of larger messages is ignored."""
@@ -261,6 +310,23 @@ class SizeDependentOrder(Honest):
 
     def order(self, count: int) -> Sequence[int]:
         return range(self.n)[::-1] if count > 1000 else range(self.n)
+
+
+@caught_by("bits::test_a_reduce_scatter_adds_in_the_order_of_an_all_reduce[float32-3-ranks]")
+class ScattersInARing(Honest):
+    """A reduce-scatter adds in the order of a ring, which begins elsewhere for each part."""
+
+    ring = False
+
+    def reduce_scatter(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        self.ring = True
+        try:
+            return super().reduce_scatter(tensor, op)
+        finally:
+            self.ring = False
+
+    def order(self, count: int) -> Sequence[int]:
+        return [(self.rank + 1 + i) % self.n for i in range(self.n)] if self.ring else range(self.n)
 
 
 @caught_by("bits::test_sums_are_in_the_order_of_group_ranks[3-ranks]")
@@ -394,7 +460,41 @@ class LeaksASegment(Honest):
 
     def open(self, context: Any) -> None:
         super().open(context)
-        (Path("/dev/shm") / owned_name("wrong", context.key.digest)).touch()
+        (Path("/dev/shm") / owned_name("wrong")).touch()
+
+
+@caught_by("life::test_nothing_is_left_after_many_communicators[4-ranks]")
+class LeaksAnotherName(Honest):
+    """A name of its own kind in shared memory, which does not say whose it is."""
+
+    def open(self, context: Any) -> None:
+        super().open(context)
+        # The test of the kit removes those of its own folder.
+        Path(f"/dev/shm/subject-{Path.cwd().parent.name}-{secrets.token_hex(8)}").touch()
+
+
+class Nothing(Workspace):
+    """A workspace for which nothing is built."""
+
+    backend, nbytes = "subject", 0
+
+    def close(self) -> None:
+        return
+
+
+@caught_by("life::test_a_prepare_that_fails_on_one_rank_changes_nothing[2-ranks]")
+class GrowsAtOnce(Honest):
+    """A workspace is used as soon as it is built, before the other ranks have theirs."""
+
+    grown = False
+
+    def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
+        self.grown = True
+        return [Nothing()]
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        # What it looks like where ranks have areas of two sizes: peers are read at the wrong place.
+        return [-part for part in super().parts(-flat)] if self.grown else super().parts(flat)
 
 
 @caught_by("life::test_nothing_is_left_after_many_communicators[3-ranks]")
@@ -445,6 +545,26 @@ class OneThreadOnly(Honest):
         return super().all_reduce_(tensor, op)
 
 
+@caught_by("threads::test_other_threads_run_while_a_rank_waits[2-ranks]")
+class HoldsTheLock(Honest):
+    """Waits for its peer in native code that keeps Python's global lock."""
+
+    def open(self, context: Any) -> None:
+        super().open(context)
+        names = [f"lock-{context.key.digest}-{os.getppid()}-{r}" for r in self.ranks]
+        os.mkfifo(names[self.rank])
+        context.bootstrap.barrier(what="pipes")
+        self.pipes = [os.open(name, os.O_RDWR) for name in names]
+        context.bootstrap.barrier(what="pipes are open")
+        os.unlink(names[self.rank])
+
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        if tensor.numel() == 64 and self.n == 2:
+            os.write(self.pipes[1 - self.rank], b"x")
+            ctypes.PyDLL(None).read(self.pipes[self.rank], ctypes.create_string_buffer(1), 1)
+        return super().all_reduce_(tensor, op)
+
+
 @caught_by("refusals::test_an_undeclared_dtype_is_no_silent_no_op[2-ranks]")
 class SilentOnUndeclared(Honest):
     """What it does not know comes back as it was."""
@@ -489,6 +609,35 @@ class ReturnsWithoutPeers(Honest):
     def _wait(self, what: str, start: Any) -> None:
         with contextlib.suppress(PeerError):
             super()._wait(what, start)
+
+
+@caught_by("faults::test_an_absent_rank_in_every_collective[4-ranks]")
+class ReturnsWithoutASource(Honest):
+    """A broadcast whose source is missing returns what was there."""
+
+    inside = False
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        self.inside = True
+        try:
+            return super().parts(flat)
+        finally:
+            self.inside = False
+
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        with contextlib.nullcontext() if self.inside else contextlib.suppress(PeerError):
+            return super().broadcast(tensor, src)
+        return tensor
+
+
+@caught_by("faults::test_an_absent_rank_in_every_collective[3-ranks]")
+class GivesUpEarly(Honest):
+    """Has half the patience that it was given."""
+
+    def open(self, context: Any) -> None:
+        super().open(context)
+        store = context.bootstrap.store("hasty")
+        self._pg = dist.ProcessGroupGloo(store, self.rank, self.n, timeout=timedelta(seconds=context.timeout / 2))
 
 
 @caught_by("faults::test_a_late_rank_is_waited_for[2-ranks]")

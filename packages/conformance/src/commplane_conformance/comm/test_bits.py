@@ -9,7 +9,7 @@ import torch
 from commplane.api import Capability, Collective, Numerics
 from commplane_conformance.marks import clause, needs, needs_dtype, numerics
 from commplane_conformance.oracle import expect_bits, inputs, special_values
-from commplane_conformance.rank import Rank
+from commplane_conformance.rank import Rank, Skip
 from commplane_conformance.worlds import World
 
 pytestmark = [needs(Capability.ALL_REDUCE)]
@@ -67,6 +67,23 @@ def position(rank: Rank, name: str) -> None:
 @numerics(Numerics.RANK_ORDER)
 def test_the_order_of_additions_does_not_depend_on_the_size(world: World, float_dtype: str) -> None:
     world.run(position, float_dtype)
+
+
+def scatter_bits(rank: Rank, name: str) -> None:
+    """A rank's part of a reduce-scatter, and the same part of an all-reduce."""
+    dtype, n = getattr(torch, name), rank.world_size
+    for count in (5, 1000, 70_001):
+        mine = rank.put(inputs(n, [n * count], dtype, count)[rank.rank])
+        if rank.serves(rank.comm, Collective.REDUCE_SCATTER, mine.nbytes, dtype):
+            wanted = rank.comm.all_reduce(mine).cpu().chunk(n)[rank.rank]
+            expect_bits(f"reduce_scatter of {n * count} {name}, beside the all_reduce", rank.comm.reduce_scatter(mine), wanted)
+
+
+@clause("S13")
+@numerics(Numerics.RANK_ORDER)
+@needs(Capability.REDUCE_SCATTER)
+def test_a_reduce_scatter_adds_in_the_order_of_an_all_reduce(world: World, float_dtype: str) -> None:
+    world.run(scatter_bits, float_dtype)
 
 
 def in_group_order(rank: Rank) -> None:
@@ -140,6 +157,8 @@ def test_the_sum_of_negative_zeros_is_negative_zero(world: World, float_dtype: s
 
 def kept_bits(rank: Rank, name: str) -> None:
     """Random bits, every kind of NaN among them."""
+    if not {Capability.ALL_GATHER, Capability.BROADCAST} & set(rank.spec.capabilities):
+        raise Skip(f"{rank.job.backend} declares neither all_gather nor broadcast")
     dtype = getattr(torch, name)
     generator = torch.Generator().manual_seed(7)
     rows = [

@@ -8,7 +8,7 @@ import torch
 
 from commplane.api import Capability, Collective
 from commplane_conformance.cases import sizes
-from commplane_conformance.marks import clause, needs
+from commplane_conformance.marks import clause, needs, needs_dtype
 from commplane_conformance.oracle import expect, expect_bits, inputs, layouts
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import World
@@ -82,6 +82,54 @@ def broadcast(rank: Rank, name: str, counts: tuple[int, ...]) -> None:
 @needs(Capability.BROADCAST)
 def test_broadcast(world: World, dtype: str) -> None:
     world.run(broadcast, dtype, sizes(world.subject.full))
+
+
+def in_a_row(rank: Rank, collective: Collective) -> None:
+    """Calls whose inputs are overwritten at once, while another rank is slow; the results are looked at after all of them."""
+    n, device, kept = rank.world_size, rank.device, []
+    for count in (8, 20_000):
+        if not rank.serves(rank.comm, collective, 4 * count, torch.float32):
+            continue
+        for i in range(12):
+            mine, src = torch.full((n * count,), float(10 * i + rank.rank), device=device), i % n
+            if collective is Collective.ALL_GATHER:
+                out = rank.comm.all_gather(mine[:count])
+                wanted = torch.arange(n).repeat_interleave(count).float() + 10 * i
+            elif collective is Collective.REDUCE_SCATTER:
+                out = rank.comm.reduce_scatter(mine)
+                wanted = torch.full((count,), float(10 * i * n + n * (n - 1) // 2))
+            else:
+                out = rank.comm.broadcast(mine, src)
+                wanted = torch.full((n * count,), float(10 * i + src))
+            if collective is not Collective.BROADCAST or rank.rank == src:
+                mine.fill_(-1.0)
+            if collective is not Collective.BROADCAST or rank.rank != src:
+                kept.append((f"{collective} of {count} float32, call {i} of 12, after all of them", out, wanted))
+            if (i + 1) % n == rank.rank:
+                time.sleep(0.002)
+    for what, out, wanted in kept:
+        expect_bits(what, out, wanted)
+
+
+@clause("S3", "S10")
+@needs(Capability.ALL_GATHER)
+@needs_dtype("float32")
+def test_what_all_gather_was_given_and_gave_belongs_to_the_caller(world: World) -> None:
+    world.run(in_a_row, Collective.ALL_GATHER)
+
+
+@clause("S3", "S10")
+@needs(Capability.REDUCE_SCATTER)
+@needs_dtype("float32")
+def test_what_reduce_scatter_was_given_and_gave_belongs_to_the_caller(world: World) -> None:
+    world.run(in_a_row, Collective.REDUCE_SCATTER)
+
+
+@clause("S4", "S10")
+@needs(Capability.BROADCAST)
+@needs_dtype("float32")
+def test_the_source_of_a_broadcast_has_its_tensor_back(world: World) -> None:
+    world.run(in_a_row, Collective.BROADCAST)
 
 
 def meet(rank: Rank, late: int) -> tuple[float, float]:

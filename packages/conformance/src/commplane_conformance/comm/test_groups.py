@@ -79,6 +79,8 @@ def test_the_order_of_the_group_is_that_of_its_list(world: World) -> None:
 
 def orthogonal(rank: Rank, rows: list[list[int]], columns: list[list[int]]) -> None:
     """Two groups of equal size on every rank, as tensor and data parallel groups are."""
+    if rank.rank >= 4:
+        return
     mine = [next(g for g in groups if rank.rank in g) for groups in (rows, columns)]
     row, column = rank.form("conformance_row", mine[0]), rank.form("conformance_column", mine[1])
     for _ in range(3):
@@ -94,11 +96,7 @@ def orthogonal(rank: Rank, rows: list[list[int]], columns: list[list[int]]) -> N
 @clause("S1", "S12")
 @at_least(4)
 def test_orthogonal_groups_of_equal_size(world: World) -> None:
-    half = world.size // 2
-    rows = [list(range(half)), list(range(half, 2 * half))]
-    columns = [[i, half + i] for i in range(half)]
-    if world.size == 4:
-        world.run(orthogonal, rows, columns)
+    world.run(orthogonal, [[0, 1], [2, 3]], [[0, 2], [1, 3]])
 
 
 def overlapping(rank: Rank, groups: list[list[int]]) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from commplane import errors
-from commplane.api import CommBackend, Unusable
-from commplane_conformance.marks import at_least, clause
+from commplane.api import Capability, CommBackend, Unusable
+from commplane_conformance.marks import at_least, clause, needs
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import Worlds
 
@@ -132,10 +133,12 @@ def test_a_build_that_fails_on_one_rank_after_all(worlds: Worlds, size: int) -> 
 @clause("S32", "S28")
 @at_least(3)
 def test_a_build_that_stalls_on_one_rank(worlds: Worlds, size: int) -> None:
-    if size == min(n for n in worlds.subject.ranks if n >= 3) or worlds.subject.full:
-        check(worlds, size, "before open", "stall", "did not finish")
+    if size != min(n for n in worlds.subject.ranks if n >= 3) and not worlds.subject.full:
+        pytest.skip("it waits for deadlines: one size is enough without --commplane-full")
+    check(worlds, size, "before open", "stall", "did not finish")
 
 
 @clause("S32")
+@needs(Capability.ALL_REDUCE)
 def test_a_wrong_sum_on_one_rank(worlds: Worlds, size: int) -> None:
     check(worlds, size, "canary", "wrong", "is wrong")

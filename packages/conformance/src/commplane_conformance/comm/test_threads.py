@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
+from torch.distributed import TCPStore
 
 from commplane import errors
 from commplane.api import Capability
@@ -76,9 +81,38 @@ def side_by_side(rank: Rank, calls: int) -> None:
         comm.close()
 
 
-@clause("S22", "S23")
+@clause("S22")
 def test_communicators_in_threads_of_their_own(world: World) -> None:
     world.run(side_by_side, 100 if world.subject.full else 15)
+
+
+def waits_beside_a_thread(rank: Rank, late: int, token: str) -> bool:
+    """Rank `late` comes when another thread of each rank that waits for it has run; whether it has to give up on that."""
+    n = rank.world_size
+    store = TCPStore("127.0.0.1", rank.job.port, is_master=False)
+
+    def says_so() -> None:
+        time.sleep(0.2)  # until this rank waits; if it does not yet, the test proves less and fails no sooner
+        store.set(f"{token}/{rank.rank}", "runs")
+
+    beside, free = [], True
+    if rank.rank == late:
+        try:
+            store.wait([f"{token}/{r}" for r in range(n) if r != late], timedelta(seconds=10))
+        except RuntimeError:
+            free = False
+    else:
+        beside.append(in_thread(says_so))
+    out = rank.comm.all_reduce(torch.ones(64, device=rank.device))
+    assert out.tolist() == [float(n)] * 64
+    join_all(beside)
+    return free
+
+
+@clause("S23")
+def test_other_threads_run_while_a_rank_waits(world: World) -> None:
+    free = world.run(waits_beside_a_thread, 0, uuid.uuid4().hex)
+    assert free[0], "no other thread ran on the ranks that waited for rank 0: release Python's global lock while waiting"
 
 
 def forks(rank: Rank) -> None:
@@ -90,6 +124,7 @@ def forks(rank: Rank) -> None:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        signal.alarm(20)  # a child that hangs would outlive the rank that is ended for it
         said = "returned"
         try:
             rank.comm.all_reduce_(torch.ones(4))
