@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,46 @@ def test_a_backend_that_cannot_be_built_says_so_in_every_test_and_starts_once(ki
     assert run.code == 1
     assert "only rank 0 has it" in run.output
     assert {entry["outcome"] for entry in run.report["tests"].values()} == {"failed"}
+
+
+def below(pid: int) -> dict[int, str]:
+    """The state, such as T for stopped, of each process that descends from `pid`."""
+    lines = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            lines[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
+        except OSError:  # ended meanwhile
+            continue
+    found: dict[int, str] = {}
+    while more := [p for p, words in lines.items() if p not in found and int(words[1]) in (pid, *found)]:
+        found.update({p: lines[p][0] for p in more})
+    return found
+
+
+def lives(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.timeout(180)
+def test_ranks_end_with_a_pytest_that_is_killed_also_a_stopped_one(tmp_path: Path) -> None:
+    test = "commplane_conformance.comm.test_faults::test_a_stopped_rank"
+    options = ["-p", "no:cacheprovider", "--commplane-backend", "torch", "--commplane-ranks", "2"]
+    command = [sys.executable, "-m", "pytest", "--pyargs", test, *options]
+    # In a session of its own, so that no terminal ends what is stopped.
+    kit = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while "T" not in (ranks := below(kit.pid)).values():
+            assert kit.poll() is None, "the run ended before a rank was stopped"
+            time.sleep(0.05)
+    finally:
+        kit.kill()
+        kit.wait()
+    while left := [pid for pid in ranks if lives(pid)]:  # until the deadline of the test
+        time.sleep(0.05)
+    assert len(ranks) >= 3 and not left

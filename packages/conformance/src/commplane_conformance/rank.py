@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,7 @@ class Rank:
 
 def main(connection: Connection, job: Job) -> None:
     """Serve until the other end closes. The first message back says whether the rank came up."""
-    # The fork server ends with pytest, however that ended; a rank that hangs or is stopped would stay otherwise.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _end_with_pytest()
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -164,6 +164,17 @@ def main(connection: Connection, job: Job) -> None:
         connection.send(_answer(lambda: _run(rank, function, args)))  # noqa: B023  called before the next round
     if rank is not None:
         rank.plane.close()
+
+
+def _end_with_pytest() -> None:
+    """Also where that was killed, and this rank hangs or is stopped: the fork server ends with pytest, and this rank with it.
+
+    Unless somebody holds the pipe on which the server waits for pytest's end, and every process that it forks is given that.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    server: Any = forkserver._forkserver
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
 
 
 def _run(rank: Rank | None, function: Callable[..., Any], args: Sequence[Any]) -> Any:
