@@ -113,6 +113,13 @@ def test_what_would_prove_another_backend_is_skipped(kit: Kit) -> None:
     assert "messages below 4096 or above 8192 bytes went to other backends" in run.output
 
 
+def test_a_test_whose_calls_all_went_to_another_backend_is_skipped(kit: Kit) -> None:
+    run = kit("least_plugins", "--commplane-ranks", "2", tests=("commplane_conformance.comm.test_hot_path",))
+    assert run.code == 0, run.output
+    assert {entry["outcome"] for entry in run.report["tests"].values()} == {"skipped"}
+    assert "no call of this case is within the limits that subject declares" in run.output
+
+
 def test_an_expected_failure_does_not_fail_the_run(kit: Kit, listed: Path) -> None:
     listed.write_text(f"# known\n\n{ZERO_ID}  # the accumulator begins at 0.0\n")
     run = kit("wrong_plugins:AddsToZero", "--commplane-ranks", "2", "--commplane-expected-failures", str(listed), tests=(ZERO,))

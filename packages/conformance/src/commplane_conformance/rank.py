@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -69,6 +70,7 @@ class Rank:
         plane: this rank's.
         comms: communicators that later functions of the same test go on with.
         asked: how often `serves` was asked in this function, and `served` how often it said yes.
+        calls: of this function, how many went to the backend under test (True) and to others; counted where it has limits.
     """
 
     job: Job
@@ -76,6 +78,7 @@ class Rank:
     comms: dict[str, Communicator] = field(default_factory=dict)
     asked: int = 0
     served: int = 0
+    calls: Counter[bool] = field(default_factory=Counter)
 
     @property
     def rank(self) -> int:
@@ -109,7 +112,24 @@ class Rank:
         with without_canary():
             comm = self.plane.communicator(name, ranks, device=self.job.device, backends=[self.job.backend])
         self.require(comm)
+        if self.spec.min_bytes or self.spec.max_bytes is not None:  # else all goes to it, and nothing is put before its calls
+            for name, backend in zip(comm.plan.backends, comm.backends, strict=True):
+                self._count(backend, name == self.job.backend)
         return comm
+
+    def _count(self, backend: CommBackend, ours: bool) -> None:
+        bind = backend.bind
+
+        def bind_counted(*args: Any, **options: Any) -> Callable[..., Any]:
+            call = bind(*args, **options)
+
+            def counted(*arguments: Any) -> Any:
+                self.calls[ours] += 1
+                return call(*arguments)
+
+            return counted
+
+        backend.bind = bind_counted  # type: ignore[method-assign]
 
     def require(self, comm: Communicator) -> None:
         """Raise unless the backend under test is in the plan of `comm`."""
@@ -180,8 +200,9 @@ def _end_with_pytest() -> None:
 def _run(rank: Rank | None, function: Callable[..., Any], args: Sequence[Any]) -> Any:
     assert rank is not None  # the tests are given no world that did not come up
     rank.asked = rank.served = 0
+    rank.calls.clear()
     result = function(rank, *args)
-    if rank.asked and not rank.served:
+    if (rank.asked and not rank.served) or (rank.calls[False] and not rank.calls[True]):
         raise Skip(f"no call of this case is within the limits that {rank.job.backend} declares")
     return result
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from commplane import errors
@@ -84,6 +85,8 @@ def check(outcomes: list[Outcome], victim: int, least: float = 0.0) -> None:
     for o in outcomes:
         if o.rank == victim:
             continue
+        if o.ended == "skipped":
+            pytest.skip(o.message)
         assert o.ended == "returned", f"{o}\n{o.trace}"
         for what, said in o.result.items():
             first, second = said["first"], said["second"]
