@@ -105,6 +105,12 @@ class OverStore:
         self._store.set(f"data/{backend.token}/left/{backend.rank}", "1")
 
 
+def _bounded_calls() -> list[str]:
+    """Calls with a deadline that have not returned; their threads are kept, under another name, when they have."""
+    names = (thread.name for thread in threading.enumerate())
+    return [name for name in names if name.startswith("commplane") and name.endswith((" build", " canary", "probe"))]
+
+
 def _rank(job: dict[str, Any], rank: int) -> None:
     """One rank, in a process of its own: what it saw goes to a file."""
     torch.set_num_threads(1)
@@ -119,9 +125,9 @@ def _rank(job: dict[str, Any], rank: int) -> None:
     CASES.append(case)
     warnings.simplefilter("error" if scenario.strict else "ignore", errors.CommplaneWarning)
     rank_main(case, rank)
-    for thread in threading.enumerate():  # a call that was left to itself releases what it built when it comes back
-        if thread.name.startswith("commplane") and thread.name.endswith((" build", " canary", "probe")):
-            thread.join(LIMIT_S)
+    deadline = time.monotonic() + LIMIT_S
+    while _bounded_calls() and time.monotonic() < deadline:  # one that was left to itself releases what it built when it is back
+        time.sleep(0.01)
     for record in case.logs[rank]:
         record.value = record.value if not hasattr(record.value, "digest") else _told(record.value)
     said = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -23,9 +24,28 @@ def test_none_is_a_result() -> None:
 
 
 def test_the_call_runs_in_a_daemon_thread_of_its_own_that_is_named_for_it() -> None:
-    thread = call_bounded(threading.current_thread, LONG_S, "probe of mine")
+    def seen() -> tuple[threading.Thread, str, bool]:
+        thread = threading.current_thread()
+        return thread, thread.name, thread.daemon
+
+    thread, name, daemon = call_bounded(seen, LONG_S, "probe of mine")
     assert thread is not threading.current_thread()
-    assert (thread.name, thread.daemon) == ("commplane probe of mine", True)
+    assert (name, daemon) == ("commplane probe of mine", True)
+
+
+def test_a_thread_that_has_returned_serves_the_next_call_and_one_that_has_not_does_not() -> None:
+    go_on = threading.Event()
+    stuck: list[threading.Thread] = []
+
+    def sticks() -> None:
+        stuck.append(threading.current_thread())
+        go_on.wait(LONG_S)
+
+    with pytest.raises(Stalled):
+        call_bounded(sticks, 0.05, "probe")
+    others = {call_bounded(threading.current_thread, LONG_S, "probe") for _ in range(20)}
+    assert stuck[0] not in others and len(others) < 20
+    go_on.set()
 
 
 @pytest.mark.parametrize("kind", [ValueError, SystemExit, KeyboardInterrupt])
@@ -42,10 +62,9 @@ def test_an_exception_comes_back_as_it_is(kind: type[BaseException]) -> None:
 
 def test_a_call_in_time_is_not_late() -> None:
     late = threading.Event()
-    threads = set(threading.enumerate())
-    call_bounded(lambda: None, LONG_S, "probe", on_late=late.set)
-    for thread in set(threading.enumerate()) - threads:
-        thread.join(LONG_S)
+    call_bounded(lambda: None, LONG_S, "probe in time", on_late=late.set)
+    while any(thread.name == "commplane probe in time" for thread in threading.enumerate()):
+        time.sleep(0.001)
     assert not late.is_set()
 
 

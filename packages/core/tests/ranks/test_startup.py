@@ -86,7 +86,7 @@ def test_a_rank_that_is_here_is_asked_about_a_late_one_that_forms_something_else
     ranks = range(100, 200)
     looks, other, unconcerned = (Watch(store, "watch", r, ranks) for r in (0, 7, 8))
     assert looks.my_turn()
-    note = {"text": "", "gone": False, "forming": {"key": "k", "instance": 1, "ranks": [107, 150], "decision": "d"}}
+    note = {"text": "", "gone": False, "forming": {"key": "k", "instance": 1, "runs": [[107, 107], [150, 150]], "decision": "d"}}
     looks.ask([50, 51], {50: note, 51: note})
     assert not other.my_turn() and other.asked() == [50]
     assert not unconcerned.my_turn() and unconcerned.asked() == []
@@ -127,7 +127,9 @@ def test_the_command_counts_what_each_step_sends_and_writes_it(tmp_path: Path, c
     assert written["machine"]["command"].startswith("commplane bench --startup") and written["machine"]["ranks"] == 4
     rows = [StartupRow(**r) for r in written["rows"]]
     assert [(r.ranks, r.step, r.rounds) for r in rows] == [
-        (n, step, count) for n in (2, 4) for step, count in (("round", 1), ("gather", 1), ("init", 4), ("communicator", 5))
+        (n, step, count)
+        for n in (2, 4)
+        for step, count in (("round", 1), ("gather", 1), ("agree", 1), ("init", 4), ("communicator", 4))
     ]
     for r in rows:
         assert 0 < r.low <= r.seconds <= r.high and r.store_alone > 0 and r.runs == 1

@@ -31,6 +31,7 @@ def call_bounded(
     *,
     on_late: Callable[[], None] | None = None,
     give_up: Callable[[], Exception | None] | None = None,
+    look_every: float = _LOOK_EVERY_S,
     clock: Clock = REAL,
 ) -> T:
     """`call` in a thread of its own; its result or its exception. Local.
@@ -44,6 +45,7 @@ def call_bounded(
         what: its name in the error.
         on_late: called in the thread if it comes back after it was left.
         give_up: asked now and then while waiting; an exception it returns is a reason not to wait any longer.
+        look_every: seconds between two such questions.
         clock: by which to wait.
 
     Raises:
@@ -71,7 +73,7 @@ def call_bounded(
     deadline = clock.now() + seconds
     reason: Exception | None = None
     try:
-        while not done.wait(max(0.0, min(_LOOK_EVERY_S if give_up else seconds, deadline - clock.now()))):
+        while not done.wait(max(0.0, min(look_every if give_up else seconds, deadline - clock.now()))):
             reason = give_up() if give_up is not None else None
             if reason is not None or clock.now() >= deadline:
                 break

@@ -98,6 +98,8 @@ def build_backend(
         check: the canary. Collective.
     """
     seconds = context.deadline.seconds
+    # Every rank of a large group that waits wakes up for each look.
+    look_every = max(0.05, 0.0005 * context.world_size)
     holder: list[CommBackend] = []
 
     def release() -> None:
@@ -113,7 +115,15 @@ def build_backend(
         problem: Setback | None = None
         running = False
         try:
-            call_bounded(step, seconds, f"{spec.name} {state}", on_late=release, give_up=attempt.peer_failed, clock=votes.clock)
+            call_bounded(
+                step,
+                seconds,
+                f"{spec.name} {state}",
+                on_late=release,
+                give_up=attempt.peer_failed,
+                look_every=look_every,
+                clock=votes.clock,
+            )
         except BaseException as error:  # whatever a plugin raises becomes a vote
             running = isinstance(error, Abandoned) or not isinstance(error, Exception)
             problem = setback(error.__cause__ if isinstance(error, Abandoned) and error.__cause__ else error)

@@ -6,9 +6,11 @@ with. `REAL` is the clock of this process and costs what the plain calls cost.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -52,11 +54,47 @@ class Clock:
 
     def start(self, call: Callable[[], None], name: str) -> None:
         """Make `call`, which must not raise, in a new daemon thread."""
-        threading.Thread(target=call, name=name, daemon=True).start()
+        try:
+            worker = _idle.pop()
+        except IndexError:
+            worker = _Reused()
+        worker.begin(call, name)
 
     def worker(self, name: str) -> Worker:
         """A new worker; its thread starts with the first call."""
         return _Thread(name)
+
+
+class _Reused:
+    """A thread that is kept for the next call once its own has returned: starting one costs more than most calls."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], None], str]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, call: Callable[[], None], name: str) -> None:
+        self._calls.put((call, name))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+            self._thread.start()
+
+    def _serve(self) -> None:
+        thread = threading.current_thread()
+        while True:
+            call, name = self._calls.get()
+            thread.name = name
+            call()
+            del call  # it may hold what the caller wants to be rid of
+            if len(_idle) >= _KEPT:
+                return
+            thread.name = "commplane idle"
+            _idle.append(self)
+
+
+# Threads that wait for a call; more than this are not kept.
+_KEPT = 256
+_idle: deque[_Reused] = deque()
+os.register_at_fork(after_in_child=_idle.clear)  # a forked child has none of these threads
 
 
 class _Thread:

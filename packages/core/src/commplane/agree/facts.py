@@ -9,7 +9,6 @@ import shutil
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from commplane.agree.bootstrap import StoreBootstrap
@@ -99,4 +98,4 @@ def exchange_facts(bootstrap: StoreBootstrap, host_alias: str) -> Facts:
         raise
     finally:
         proof.unlink()
-    return Facts(replace(RankFacts.from_json(h["facts"]), shm_domain=d) for h, d in zip(hello, domains, strict=True))
+    return Facts.said([{**h["facts"], "shm_domain": d} for h, d in zip(hello, domains, strict=True)])

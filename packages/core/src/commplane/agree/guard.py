@@ -49,7 +49,7 @@ class Activity:
         if forming is not None:
             note["forming"] = {
                 "key": str(forming.key),
-                "ranks": list(forming.key.ranks),
+                "runs": forming.key.runs,
                 "instance": forming.instance,
                 "decision": forming.decision,
             }
@@ -91,7 +91,9 @@ class Activity:
         for peer in waiting_for:
             note = self.read(peer)
             theirs = None if note is None else note["forming"]
-            if theirs is None or self._rank not in theirs["ranks"] or begun(theirs["key"]) >= theirs["instance"]:
+            if theirs is None or not any(first <= self._rank <= last for first, last in theirs["runs"]):
+                continue
+            if begun(theirs["key"]) >= theirs["instance"]:
                 continue
             reason = (
                 f"rank {self._rank} forms communicator {mine}, rank {peer} forms {theirs['key']}: every rank must create the "

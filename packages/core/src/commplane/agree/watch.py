@@ -75,7 +75,7 @@ class Watch:
             if forming is None or (attempt := (forming["key"], forming["instance"])) in known:
                 continue
             known.add(attempt)
-            here = [places[r] for r in forming["ranks"] if r in places]
+            here = [places[r] for first, last in forming["runs"] for r in range(first, last + 1) if r in places]
             turn = self._looks * _ASKED % max(1, len(here))
             for r in (here[turn:] + here[:turn])[:_ASKED]:
                 asked.setdefault(r, []).append(peer)

@@ -91,15 +91,29 @@ class Facts(Mapping[int, RankFacts]):
 
     def __init__(self, facts: Iterable[RankFacts]) -> None:
         self._by_rank = {f.rank: f for f in facts}
+        self._ranks: Sequence[int] = tuple(self._by_rank)
+        self._said: Sequence[Mapping[str, object]] = ()
+
+    @classmethod
+    def said(cls, facts: Sequence[Mapping[str, object]]) -> Facts:
+        """From what ranks 0, 1, ... published. Those of a rank are made when they are asked for: mostly few are."""
+        out = cls(())
+        out._ranks, out._said = range(len(facts)), facts
+        return out
 
     def __getitem__(self, rank: int) -> RankFacts:
-        return self._by_rank[rank]
+        found = self._by_rank.get(rank)
+        if found is None:
+            if rank not in self._ranks:
+                raise KeyError(rank)
+            found = self._by_rank[rank] = RankFacts.from_json(self._said[rank])
+        return found
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._by_rank)
+        return iter(self._ranks)
 
     def __len__(self) -> int:
-        return len(self._by_rank)
+        return len(self._ranks)
 
     def same_host(self, ranks: Sequence[int]) -> bool:
         """Whether all `ranks` can map the same shared memory. Two containers without a shared one are two hosts."""

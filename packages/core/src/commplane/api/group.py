@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["GroupKey"]
+
+# Ranks of larger groups are written as stretches.
+_SHOWN_SINGLY = 16
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,29 @@ class GroupKey:
     device: str
     purpose: str
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A short name that is equal on every rank and differs between keys; usable in file names."""
         text = json.dumps([list(self.ranks), self.device, self.purpose])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """The ranks as stretches of consecutive ones, first and last of each: a thousand ranks are mostly few of them."""
+        out: list[tuple[int, int]] = []
+        for r in self.ranks:
+            if out and out[-1][1] == r - 1:
+                out[-1] = out[-1][0], r
+            else:
+                out.append((r, r))
+        return out
+
+    @cached_property
+    def _text(self) -> str:
+        shown = ", ".join(map(str, self.ranks))
+        if len(self.ranks) > _SHOWN_SINGLY:
+            shown = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in self.runs)
+        return f"{self.purpose!r} over [{shown}] on {self.device}"
+
     def __str__(self) -> str:
-        return f"{self.purpose!r} over {list(self.ranks)} on {self.device}"
+        return self._text

@@ -24,7 +24,7 @@ from commplane.errors import CommplaneError, ConfigError
 
 __all__ = ["STEPS", "StartupRow", "growth", "measure_startup"]
 
-STEPS = ("round", "gather", "init", "communicator")
+STEPS = ("round", "gather", "agree", "init", "communicator")
 """What is measured, in the order of the rows."""
 
 _HOST = "127.0.0.1"
@@ -43,8 +43,8 @@ class StartupRow:
     """One step at one number of ranks. Counts are those of one run of the step, by all ranks together.
 
     Attributes:
-        step: ``round`` (all ranks say the same), ``gather`` (each says something else, of 64 bytes), ``init`` or
-            ``communicator``.
+        step: ``round`` (all ranks say the same), ``gather`` (each says something else, of 64 bytes), ``agree`` (the first step
+            of a communicator: verdicts are published, what to build is decided), ``init`` or ``communicator``.
         ranks: how many.
         processes: that they were spread over.
         seconds: median over the runs, from the first rank that begins to the last that is done.
@@ -215,7 +215,7 @@ def _measure(
     found: dict[str, list[_Run]] = {}
     for number in range(runs + 1):  # the first is not counted: imports, first use of each connection
         progress(f"{ranks} ranks, run {number} of {runs}")
-        for step in ("init", "communicator", "release", "round", "gather", "close"):
+        for step in ("init", "communicator", "release", "agree", "round", "gather", "close"):
             run = _do(server, processes, step)
             if len(run.said) != 1:
                 raise CommplaneError(f"bench: {step} ended differently on virtual ranks: {sorted(run.said)}")

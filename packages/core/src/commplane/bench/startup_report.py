@@ -26,6 +26,7 @@ _HEADS = (
 _WORDS = {
     "round": "one round, all ranks say the same",
     "gather": "one round, every rank says something else",
+    "agree": "agreement of one communicator",
     "init": "commplane.init",
     "communicator": "Plane.communicator",
 }

@@ -103,6 +103,7 @@ class VirtualRank:
         self._plane: Plane | None = None
         self._communicator: Communicator | None = None
         self._formed = 0
+        self._agreed = 0
 
     @property
     def plane(self) -> Plane:
@@ -129,6 +130,11 @@ class VirtualRank:
         """One round in which every rank says something else, of 64 bytes."""
         values = self.plane.gather(f"{self._rank:0{_GATHERED_BYTES}}", what="a gather")
         return f"{len(values)} {values[0]} {values[-1]}"
+
+    def agree(self) -> str:
+        """What `Plane.communicator` begins with: every rank publishes its verdicts, and all decide alike what to build."""
+        self._agreed += 1
+        return " ".join(self.plane.agree(f"agreed{self._agreed}"))
 
     def communicator(self) -> str:
         """`Plane.communicator` over all ranks: probes, agreement, votes of build and canary, commit."""

@@ -288,6 +288,11 @@ class PluginHost:
 
     # Typed hook calls, so that nothing else in core touches pluggy.
 
+    @property
+    def has_policy(self) -> bool:
+        """Whether some plugin implements `commplane_select_backend`."""
+        return bool(self._manager.hook.commplane_select_backend.get_hookimpls())
+
     def select_backend(self, request: ProbeRequest, candidates: Sequence[str]) -> Sequence[str] | None:
         """`commplane_select_backend`."""
         return self._manager.hook.commplane_select_backend(request=request, candidates=candidates)  # type: ignore[no-any-return]

@@ -52,26 +52,25 @@ class Formation:
 
     def run(self) -> tuple[Plan, dict[str, CommBackend], list[StoreBootstrap]]:
         """The plan, the open backends by name, and the control plane of each, in the order of the plan."""
-        return self._build(self._agree())
+        return self._build(self.agree())
 
-    def _agree(self) -> Draft:
-        """Probe, publish, choose. Collective."""
+    def agree(self) -> Draft:
+        """Probe, publish, choose: the backends to build, in order, the same on every rank. Collective."""
         request = ProbeRequest(self._key, self._bootstrap.rank, {})
         verdicts = probe_all(
             self._plugins.backends(), request, self._config.options, self._facts, self._config.startup, self._bootstrap.clock
         )
         mine = {
-            "request": {
-                "name": self._key.purpose,
-                "ranks": list(self._key.ranks),
-                "device": self._key.device,
-                "backends": self._wanted,
-            },
+            # Name, ranks and device are in the keys of this control plane: with another list a rank would not meet us here.
+            "request": {"backends": self._wanted},
             "backends": verdicts,
+            "policy": self._plugins.has_policy,
         }
         # A probe may take its whole deadline on one rank.
         submissions = self._bootstrap.gather(mine, what="agreement", timeout=2 * self._config.startup)
         draft = choose(self._key, submissions)
+        if not any(said["policy"] for said, _ in submissions.groups):
+            return draft
         answer, problem = None, None
         try:
             answer = self._plugins.select_backend(request, draft.order)

@@ -201,28 +201,13 @@ class Plane:
             raise CommunicatorError(f"[{name}] communicator {key} is open already: close it first, or give the new one a name")
         named = self.config.backends if backends is None else backends
         wanted = [n.strip() for n in named.split(",") if n.strip()] if isinstance(named, str) else list(named)
-        self._instances[str(key)] += 1
-        instance = self._instances[str(key)]
-        who = f"[{name} rank {members.index(self.rank)}/{len(members)}]"
-        bootstrap = StoreBootstrap(
-            self._store,
-            members,
-            self.rank,
-            prefix=f"plane/{self._generation}/group/{key.digest}/{instance}",
-            timeout=self.config.startup,
-            who=who,
-            guard=self._guard,
-            activity=self._activity,
-            conflict=lambda missing: self._activity.conflict(key, missing, self._instances.__getitem__),
-            dead=self._dead,
-        )
+        instance, bootstrap = self._meeting(key)
         built: dict[str, CommBackend] = {}
         try:
             with self._activity.forming(Forming(key, instance, bootstrap.first_decision)):
                 try:
                     self.plugins.require(wanted)
-                    formation = Formation(self.plugins, self.config, self.facts, key, where, wanted, bootstrap, who)
-                    plan, built, attempts = formation.run()
+                    plan, built, attempts = self._formation(key, where, wanted, bootstrap).run()
                 except Exception as error:
                     # If it happened on this rank alone, the others are told in the round that they wait in.
                     bootstrap.fail(setback(error).text)
@@ -250,6 +235,38 @@ class Plane:
             raise
         self.plugins.notify("commplane_plan_committed", communicator=out)
         return out
+
+    def _meeting(self, key: GroupKey) -> tuple[int, StoreBootstrap]:
+        """The how many-th communicator with this key is formed, and the control plane that its ranks meet on. Local."""
+        self._instances[str(key)] += 1
+        instance = self._instances[str(key)]
+        return instance, StoreBootstrap(
+            self._store,
+            key.ranks,
+            self.rank,
+            prefix=f"plane/{self._generation}/group/{key.digest}/{instance}",
+            timeout=self.config.startup,
+            who=f"[{key.purpose} rank {key.ranks.index(self.rank)}/{len(key.ranks)}]",
+            guard=self._guard,
+            activity=self._activity,
+            conflict=lambda missing: self._activity.conflict(key, missing, self._instances.__getitem__),
+            dead=self._dead,
+        )
+
+    def _formation(self, key: GroupKey, device: str, wanted: Sequence[str], bootstrap: StoreBootstrap) -> Formation:
+        """One attempt to form a communicator. Local."""
+        who = f"[{key.purpose} rank {bootstrap.rank}/{len(key.ranks)}]"
+        return Formation(self.plugins, self.config, self.facts, key, device, wanted, bootstrap, who)
+
+    def agree(self, name: str) -> tuple[str, ...]:
+        """What a communicator of that name over all ranks would be built of, in order, without building it. Collective.
+
+        The ranks probe, publish and decide as `communicator` does first; `commplane bench --startup` measures it.
+        """
+        self._open("agree")
+        key = GroupKey(tuple(range(self.world_size)), _device(self.config.device).partition(":")[0], name)
+        _, bootstrap = self._meeting(key)
+        return self._formation(key, key.device, self.config.backends, bootstrap).agree().order
 
     def sync_round(self, name: str, ranks: Sequence[int] | None = None) -> SyncRound:
         """A round of votes over `ranks`, with the fields that plugins registered as cache sync. Collective over `ranks`.
