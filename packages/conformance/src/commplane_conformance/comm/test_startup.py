@@ -19,8 +19,8 @@ from commplane_conformance.marks import at_least, clause, needs
 from commplane_conformance.rank import Rank
 from commplane_conformance.worlds import Worlds
 
-_STARTUP_S = 4.0
-_CONFIG = {"run_timeout": 4.0, "startup_timeout": _STARTUP_S}
+_STARTUP_S = 6.0
+_CONFIG = {"run_timeout": 6.0, "startup_timeout": _STARTUP_S}
 _LIMIT_S = 90.0
 
 
