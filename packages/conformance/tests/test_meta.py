@@ -6,7 +6,7 @@ import os
 import re
 
 import pytest
-from conftest import Kit
+from kit_run import Kit
 from wrong import CAUGHT_BY
 
 FULL = os.environ.get("COMMPLANE_CONFORMANCE_FULL") == "1"

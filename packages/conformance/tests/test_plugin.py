@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Kit
+from kit_run import Kit
 
 BITS = "commplane_conformance.comm.test_bits"
 LIFE = "commplane_conformance.comm.test_life"
