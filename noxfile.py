@@ -121,12 +121,13 @@ def conformance(session: nox.Session, name: str) -> None:
     package = BACKENDS.get(name, CORE)
     install_wheels(session, CORE, KIT, *([] if package is CORE else [package]))
     install(session, "pytest>=8.2")
-    report = Path(session.create_tmp()) / "report.json"
+    report = Path(session.create_tmp()).resolve() / "report.json"
     expected = package.folder / "conformance-expected-failures.txt"
-    options = ["--commplane-expected-failures", str(expected)] if expected.exists() else []
+    options = [f"--commplane-expected-failures={expected}"] if expected.exists() else []
     options += ["--commplane-full" if option == "--full" else option for option in session.posargs]
-    kit = ["--pyargs", KIT.module, "--commplane-backend", name, "--commplane-report", str(report)]
-    with session.chdir(session.create_tmp()):
+    # In one word each: a path that stands alone would be where pytest looks for settings, and this checkout has some.
+    kit = ["--pyargs", KIT.module, f"--commplane-backend={name}", f"--commplane-report={report}"]
+    with tempfile.TemporaryDirectory() as empty, session.chdir(empty):
         session.run("pytest", *kit, *options)
 
 
