@@ -98,7 +98,7 @@ class Rank:
     @property
     def spec(self) -> BackendSpec:
         """What the backend declares."""
-        spec = self.plane.plugins.backends()[self.job.backend].spec
+        spec = self.plane.plugins.backends(self.job.device)[self.job.backend].spec
         assert isinstance(spec, BackendSpec)
         return spec
 

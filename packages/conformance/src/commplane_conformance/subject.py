@@ -76,7 +76,7 @@ def find_subject(name: str, ranks: tuple[int, ...], device: str | None, full: bo
     """
     host = PluginHost.discover(Config.load({}))
     host.require([name])
-    found = host.backends()[name]
+    found = host.backends(device)[name]
     spec = found.spec
     assert isinstance(spec, BackendSpec)
     where = device or ("cpu" if spec.device == "any" else spec.device)

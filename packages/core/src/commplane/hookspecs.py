@@ -66,7 +66,8 @@ def commplane_register_comm_backends() -> list[BackendSpec]:  # type: ignore[emp
     """Describe the backends this plugin provides. Local, must not import torch or load native code.
 
     Returns:
-        Specs; the name of each must be unique among all installed plugins.
+        Specs; the name of each must be unique among all installed plugins, but that one plugin may give several of one name
+        for different devices.
     """
 
 

@@ -230,8 +230,8 @@ class Scripts:
 class ScriptedHost(PluginHost):
     """Without torch's backend, whose transport waits by no clock but the real one."""
 
-    def backends(self) -> Any:
-        return {name: entry for name, entry in super().backends().items() if name != "torch"}
+    def backends(self, device: str | None = None) -> Any:
+        return {name: entry for name, entry in super().backends(device).items() if name != "torch"}
 
 
 _HOSTS: dict[tuple[int, int, frozenset[str], frozenset[str]], ScriptedHost] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from dists import Wheels, register, spec
 
-from commplane.api import hookimpl
+from commplane.api import BackendSpec, hookimpl
+from commplane.cli.plugins import plugin_report
 from commplane.errors import CommplaneWarning, PluginConflict, PluginError
 from commplane.plugins import Kind, PluginHost
 
@@ -94,6 +95,61 @@ def test_one_plugin_that_names_a_backend_twice_is_not_called_two_distributions(w
         host = wheels.discover()
     assert set(host.backends()) == {"torch"}
     assert "two distributions" not in str(caught[0].message)
+
+
+def of(name: str, device: str, options: str = "{}") -> str:
+    return spec(name).replace("device='cpu', ", f"device={device!r}, options={options}")
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "xpu", "cpu")])
+def test_one_plugin_may_give_a_name_to_one_backend_for_each_device(wheels: Wheels, devices: tuple[str, ...]) -> None:
+    wheels.module("twins_module", register(*(of("mine", d) for d in devices)))
+    wheels.add("twins-dist", {"mine": "twins_module"})
+    host = wheels.discover()
+    assert host.problems == []
+    assert [r.spec.device for r in host.every(BackendSpec) if r.spec.name == "mine"] == sorted(devices)  # type: ignore[attr-defined]
+    assert {d: host.backends(d)["mine"].spec.device for d in devices} == {d: d for d in devices}  # type: ignore[attr-defined]
+    provided = next(p["provides"] for p in plugin_report(host)["plugins"] if p["name"] == "mine")
+    assert provided == [f"backend mine ({d})" for d in sorted(devices)]
+
+
+@pytest.mark.parametrize("devices", [("cpu", "any"), ("any", "cuda"), ("cuda", "cuda"), ("cpu", "cuda", "any")])
+def test_backends_of_one_name_whose_devices_overlap_are_a_conflict_of_their_plugin(
+    wheels: Wheels, devices: tuple[str, ...]
+) -> None:
+    wheels.module("twins_module", register(*(of("mine", d) for d in devices), spec("other")))
+    wheels.add("twins-dist", {"twins": "twins_module"})
+    with pytest.warns(CommplaneWarning, match="provides backend 'mine' twice"):
+        host = wheels.discover()
+    assert set(host.backends()) == {"other", "torch"}
+    with pytest.raises(PluginConflict, match="provides backend 'mine' twice"):
+        host.require(["mine"])
+
+
+def test_two_distributions_that_share_a_name_for_different_devices_are_still_a_conflict(wheels: Wheels) -> None:
+    for dist, device in (("first-dist", "cpu"), ("second-dist", "cuda")):
+        wheels.module(f"module_of_{device}", register(of("mine", device)))
+        wheels.add(dist, {f"plugin_{device}": f"module_of_{device}"})
+    with pytest.warns(CommplaneWarning, match="two distributions provide backend 'mine'"):
+        host = wheels.discover()
+    assert set(host.backends()) == {"torch"}
+
+
+def test_options_of_one_name_are_those_of_all_its_devices_together(wheels: Wheels) -> None:
+    wheels.module("twins_module", register(of("mine", "cpu", "{'a': 1, 'b': 2}"), of("mine", "cuda", "{'b': 2, 'c': 'x'}")))
+    wheels.add("twins-dist", {"mine": "twins_module"})
+    host = wheels.discover({"mine": {"a": 5, "c": "y"}})
+    assert host.options()["mine"] == {"a": 1, "b": 2, "c": "x"}
+    assert host.config.options["mine"] == {"a": 5, "b": 2, "c": "y"}
+
+
+@pytest.mark.parametrize("other", ["3", "2.0", "'2'", "True"])
+def test_an_option_with_another_default_on_another_device_is_a_conflict_that_names_it(wheels: Wheels, other: str) -> None:
+    wheels.module("twins_module", register(of("mine", "cpu", "{'b': 1 + 1}"), of("mine", "cuda", f"{{'b': {other}}}")))
+    wheels.add("twins-dist", {"mine": "twins_module"})
+    with pytest.warns(CommplaneWarning, match="one default of option 'b' for all devices, found 2 for cpu"):
+        host = wheels.discover()
+    assert set(host.backends()) == {"torch"}
 
 
 class Observer:

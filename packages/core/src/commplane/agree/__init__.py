@@ -7,7 +7,7 @@ from commplane.agree.build import Attempt, Setback, abort_backend, build_backend
 from commplane.agree.clock import REAL, Clock
 from commplane.agree.facts import exchange_facts
 from commplane.agree.guard import Activity, CaptureGuard, Forming
-from commplane.agree.probe import probe_all
+from commplane.agree.probe import own_options, probe_all
 from commplane.agree.store import BoundedStore
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "close_backend",
     "exchange_facts",
     "joint_verdict",
+    "own_options",
     "probe_all",
     "setback",
 ]

@@ -13,7 +13,13 @@ from commplane.api import BackendSpec, Deadline, Facts, ProbeRequest, Unusable, 
 from commplane.plugins import Registered
 from commplane.select import static_refusal
 
-__all__ = ["probe_all"]
+__all__ = ["own_options", "probe_all"]
+
+
+def own_options(spec: BackendSpec, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What `spec` declares of the resolved settings of its name, which backends for other devices may share. Pure."""
+    given = options.get(spec.name, {})
+    return {name: given.get(name, default) for name, default in spec.options.items()}
 
 
 def probe_all(
@@ -30,7 +36,7 @@ def probe_all(
     for name, registered in backends.items():
         spec = registered.spec
         assert isinstance(spec, BackendSpec)
-        own = ProbeRequest(request.key, request.rank, options.get(name, {}))
+        own = ProbeRequest(request.key, request.rank, own_options(spec, options))
         verdict = _probe(spec, own, facts, max(deadline.remaining(), 0.01), clock)
         out[name] = {
             "spec": spec.to_json(),

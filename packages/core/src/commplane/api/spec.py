@@ -23,7 +23,8 @@ class Spec:
     """What all specs share.
 
     Attributes:
-        name: the name users select by; unique among installed plugins for its kind.
+        name: the name users select by; unique among installed plugins for its kind, but that one plugin may give a backend of
+            one name for each type of device.
         api: the contract version the plugin was made for, a literal such as ``(1, 0)``.
     """
 

@@ -86,9 +86,9 @@ class IdleHost(PluginHost):
         super().__init__()
         self.register(_IdlePlugin(), IDLE, dist="commplane")
 
-    def backends(self) -> dict[str, Registered]:
+    def backends(self, device: str | None = None) -> dict[str, Registered]:
         """`IdleBackend` alone."""
-        return {name: entry for name, entry in super().backends().items() if name == IDLE}
+        return {name: entry for name, entry in super().backends(device).items() if name == IDLE}
 
 
 class VirtualRank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections import Counter
 from typing import Any
 
 from commplane.api import BackendSpec, PageStoreSpec, SyncSpec, TransferSpec
@@ -28,8 +29,11 @@ def plugin_report(host: PluginHost) -> dict[str, Any]:
     """Plugins, what they provide, and problems, as JSON."""
     provided: dict[str, list[str]] = {}
     for word, kind in _KINDS.items():
-        for name, r in host.registered(kind).items():
-            provided.setdefault(r.plugin, []).append(f"{word} {name}")
+        entries = host.every(kind)
+        count = Counter(r.spec.name for r in entries)
+        for r in entries:
+            device = f" ({r.spec.device})" if isinstance(r.spec, BackendSpec) and count[r.spec.name] > 1 else ""
+            provided.setdefault(r.plugin, []).append(f"{word} {r.spec.name}{device}")
     return {
         "commplane": core_version(),
         "plugins": [

@@ -69,7 +69,7 @@ class PluginHost:
         self.problems: list[Problem] = []
         self.versions: dict[str, tuple[str, str]] = {}
         self._is_configured = False
-        self._specs: dict[type[Spec], dict[str, Registered]] = {kind: {} for kind in _REGISTER_HOOKS.values()}
+        self._specs: dict[type[Spec], dict[str, list[Registered]]] = {kind: {} for kind in _REGISTER_HOOKS.values()}
         self._lost: list[tuple[Problem, type[Spec], str]] = []
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
@@ -101,7 +101,7 @@ class PluginHost:
             if count[name] == 0:
                 raise host.not_found("plugin", name, [c.name for c in host.candidates])
         host.config = config.with_options(
-            {name: r.spec.options for name, r in host.registered(BackendSpec).items()},  # type: ignore[attr-defined]
+            host.options(),
             absent={p.plugin.replace("-", "_") for p in host.problems} | {n for p in host.problems for n in p.names},
         )
         for problem in host.problems:
@@ -125,7 +125,7 @@ class PluginHost:
             if plugin is not None and not self._configured(name, plugin):
                 self._unregister(plugin)
                 for specs in self._specs.values():
-                    for spec_name in [n for n, r in specs.items() if r.plugin == name]:
+                    for spec_name in [n for n, entries in specs.items() if entries[0].plugin == name]:
                         del specs[spec_name]
 
     def _configured(self, name: str, plugin: object) -> bool:
@@ -188,7 +188,7 @@ class PluginHost:
         if self._is_configured:
             self._configured(name, plugin)
         if len(self.problems) > before:
-            if all(r.plugin != name for kind in self._specs.values() for r in kind.values()):
+            if all(r.plugin != name for kind in self._specs for r in self.every(kind)):
                 self._unregister(plugin)
             raise as_error(self.problems[before:], 1, core_version())
 
@@ -216,27 +216,21 @@ class PluginHost:
         if mismatches and not self._skip_compat(plugin, mismatches):
             self.problems.append(Problem(plugin, title, Kind.COMPATIBILITY, "other API", tuple(mismatches), names=(spec.name,)))
             return
-        rival = self._specs[kind].get(spec.name)
-        if rival is not None:
-            word = kind.__name__.removesuffix("Spec").lower()
-            summary = (
-                f"provides {word} {spec.name!r} twice"
-                if rival.plugin == plugin
-                else (
-                    f"two distributions provide {word} {spec.name!r}: {rival.dist or rival.plugin} {rival.version} and "
-                    f"{dist or plugin} {version}; uninstall one or set COMMPLANE_PLUGINS=-{plugin}"
-                )
-            )
+        entries = self._specs[kind].get(spec.name, [])
+        summary = next((text for e in entries if (text := _conflict(spec, plugin, dist, version, e)) is not None), None)
+        if summary is not None:
             # Core's own torch backend stays: it is what every group can fall back to.
-            if rival.plugin != "torch":
+            if entries[0].plugin != "torch":
                 del self._specs[kind][spec.name]
             self.problems.append(Problem(plugin, title, Kind.CONFLICT, summary, names=(spec.name,)))
             return
-        if any(p.kind is Kind.CONFLICT and spec.name in p.names for p in self.problems):
-            summary = f"more than one distribution provides {spec.name!r}, {dist or plugin} {version} among them"
-            self.problems.append(Problem(plugin, title, Kind.CONFLICT, summary, names=(spec.name,)))
+        earlier = [p for p in self.problems if p.kind is Kind.CONFLICT and spec.name in p.names]
+        if earlier:
+            if all(p.plugin != plugin for p in earlier):  # else it is said already
+                summary = f"more than one distribution provides {spec.name!r}, {dist or plugin} {version} among them"
+                self.problems.append(Problem(plugin, title, Kind.CONFLICT, summary, names=(spec.name,)))
             return
-        self._specs[kind][spec.name] = Registered(spec, plugin, dist, version)
+        self._specs[kind].setdefault(spec.name, []).append(Registered(spec, plugin, dist, version))
 
     def _skip_compat(self, plugin: str, mismatches: Iterable[Mismatch]) -> bool:
         if self.config.skip_compat_check:
@@ -248,13 +242,32 @@ class PluginHost:
             )
         return self.config.skip_compat_check
 
-    def registered(self, kind: type[Spec]) -> dict[str, Registered]:
-        """All specs of one kind by name, in the order of names."""
-        return dict(sorted(self._specs[kind].items()))
+    def every(self, kind: type[Spec]) -> list[Registered]:
+        """All specs of one kind, in the order of names, and those of one name in the order of the devices that they serve."""
+        return [r for _, entries in sorted(self._specs[kind].items()) for r in sorted(entries, key=lambda r: _device(r.spec))]
 
-    def backends(self) -> dict[str, Registered]:
-        """All usable backends by name."""
-        return self.registered(BackendSpec)
+    def registered(self, kind: type[Spec]) -> dict[str, Registered]:
+        """One spec of each name, in the order of names; where there are several, the first that `every` has."""
+        out: dict[str, Registered] = {}
+        for r in self.every(kind):
+            out.setdefault(r.spec.name, r)
+        return out
+
+    def backends(self, device: str | None = None) -> dict[str, Registered]:
+        """All usable backends by name, in the order of names.
+
+        A plugin may provide one for each type of device under one name. With `device`, such as ``"cpu"``, each name has the spec
+        that serves it; where none does, or without `device`, the first that `every` has, which a group then refuses.
+        """
+        return {**self.registered(BackendSpec), **{r.spec.name: r for r in self.every(BackendSpec) if _device(r.spec) == device}}
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Settings of their own that backends declare, with the defaults, by name: those of all devices together."""
+        out: dict[str, dict[str, Any]] = {}
+        for r in self.every(BackendSpec):
+            assert isinstance(r.spec, BackendSpec)
+            out.setdefault(r.spec.name, {}).update(r.spec.options)
+        return out
 
     def require(self, names: Iterable[str]) -> None:
         """Raise for backends that were asked for by name and cannot be used, all problems in one error."""
@@ -332,3 +345,32 @@ class PluginHost:
             caller(**arguments)
         except Exception as error:
             notice(f"{hook} of a plugin raised {error!r}; the run goes on")
+
+
+def _device(spec: Spec) -> str:
+    """What a backend is for; other kinds of plugins know no devices."""
+    return spec.device if isinstance(spec, BackendSpec) else "any"
+
+
+def _conflict(spec: Spec, plugin: str, dist: str, version: str, rival: Registered) -> str | None:
+    """Why `spec` and one that is there cannot both be used, or None. Pure."""
+    word = type(spec).__name__.removesuffix("Spec").lower()
+    if rival.plugin != plugin:
+        return (
+            f"two distributions provide {word} {spec.name!r}: {rival.dist or rival.plugin} {rival.version} and "
+            f"{dist or plugin} {version}; uninstall one or set COMMPLANE_PLUGINS=-{plugin}"
+        )
+    devices = {_device(spec), _device(rival.spec)}
+    if len(devices) == 1 or "any" in devices:
+        overlap = f": for devices {' and '.join(sorted(devices))}" if len(devices) > 1 else ""
+        return f"provides {word} {spec.name!r} twice{overlap}"
+    assert isinstance(spec, BackendSpec)
+    assert isinstance(rival.spec, BackendSpec)
+    mine, theirs = spec.options, rival.spec.options
+    for name in sorted(mine.keys() & theirs.keys()):
+        if (type(mine[name]), mine[name]) != (type(theirs[name]), theirs[name]):
+            return (
+                f"{word} {spec.name!r} wants one default of option {name!r} for all devices, found {theirs[name]!r} for "
+                f"{rival.spec.device} and {mine[name]!r} for {spec.device}: a setting has one value, give them two names"
+            )
+    return None

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
-from commplane.agree import StoreBootstrap, build_backend, close_backend, joint_verdict, probe_all, setback
+from commplane.agree import StoreBootstrap, build_backend, close_backend, joint_verdict, own_options, probe_all, setback
 from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, Facts, GroupKey, ProbeRequest
 from commplane.config import Config
 from commplane.errors import AgreementError, CommplaneWarning, SelectionError
@@ -58,7 +58,12 @@ class Formation:
         """Probe, publish, choose: the backends to build, in order, the same on every rank. Collective."""
         request = ProbeRequest(self._key, self._bootstrap.rank, {})
         verdicts = probe_all(
-            self._plugins.backends(), request, self._config.options, self._facts, self._config.startup, self._bootstrap.clock
+            self._plugins.backends(self._key.device),
+            request,
+            self._config.options,
+            self._facts,
+            self._config.startup,
+            self._bootstrap.clock,
         )
         mine = {
             # Name, ranks and device are in the keys of this control plane: with another list a rank would not meet us here.
@@ -95,7 +100,7 @@ class Formation:
         """Open what was chosen, each on all ranks or on none. Collective."""
         from commplane.agree.canary import check, verify_overrides
 
-        registered = self._plugins.backends()
+        registered = self._plugins.backends(self._key.device)
         digest = repr((draft.order, draft.refused))
         outcomes: list[Candidate] = []
         built: dict[str, CommBackend] = {}
@@ -117,7 +122,7 @@ class Formation:
                     facts=self._facts,
                     deadline=Deadline(seconds, self._bootstrap.clock.now),
                     timeout=self._config.run,
-                    options=self._config.options.get(name, {}),
+                    options=own_options(spec, self._config.options),
                 )
 
                 def make(spec: BackendSpec = spec, context: BuildContext = context) -> CommBackend:

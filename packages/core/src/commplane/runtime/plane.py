@@ -24,7 +24,7 @@ from commplane.agree import (
     exchange_facts,
     setback,
 )
-from commplane.api import BackendSpec, CommBackend, GroupKey, SyncSpec
+from commplane.api import CommBackend, GroupKey, SyncSpec
 from commplane.config import Config
 from commplane.errors import (
     AgreementError,
@@ -129,7 +129,7 @@ class Plane:
             if plugins is None:
                 plugins = PluginHost.discover(config)
             else:
-                plugins.configure(config.with_options(_options(plugins)))
+                plugins.configure(config.with_options(plugins.options()))
             self.plugins, self.config = plugins, plugins.config
             self.plugins.require(n for n in self.config.backends)
         except Exception as error:
@@ -394,10 +394,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _options(plugins: PluginHost) -> dict[str, Mapping[str, Any]]:
-    return {name: r.spec.options for name, r in plugins.backends().items() if isinstance(r.spec, BackendSpec)}
 
 
 def _device(name: str) -> str:
