@@ -112,7 +112,8 @@ class Rank:
         with without_canary():
             comm = self.plane.communicator(name, ranks, device=self.job.device, backends=[self.job.backend])
         self.require(comm)
-        if self.spec.min_bytes or self.spec.max_bytes is not None:  # else all goes to it, and nothing is put before its calls
+        limited = self.spec.min_bytes or self.spec.max_bytes is not None or comm.plan.offers
+        if limited:  # else all goes to it, and nothing is put before its calls
             for name, backend in zip(comm.plan.backends, comm.backends, strict=True):
                 self._count(backend, name == self.job.backend)
         return comm

@@ -223,6 +223,8 @@ def test_explain_as_text_and_as_json_say_the_same() -> None:
     assert answer.to_json() == {
         "question": question,
         "chosen": "torch",
+        "algorithm": None,
+        "bytes": None,
         "others": {"mine": "is for messages up to 99 bytes", "gone": "probe: spans hosts"},
     }
 

@@ -11,7 +11,7 @@ from commplane.agree.bounded import Abandoned, Stalled, call_bounded
 from commplane.api import BackendSpec, BuildContext, CommBackend
 from commplane.errors import AgreementError, CommplaneError, PeerError
 from commplane.notice import notice
-from commplane.select import Candidate, disagreement
+from commplane.select import Candidate, Offer, ask, disagreement
 
 __all__ = ["Attempt", "Setback", "build_backend", "close_backend", "joint_verdict", "setback"]
 
@@ -69,10 +69,11 @@ def joint_verdict(
 
 @dataclass
 class Attempt:
-    """How building one backend ended. `backend` is None unless `candidate` is ready."""
+    """How building one backend ended. `backend` is None unless `candidate` is ready; `offers` are of this rank."""
 
     candidate: Candidate
     backend: CommBackend | None
+    offers: tuple[Offer, ...] = ()
 
 
 def build_backend(
@@ -101,6 +102,7 @@ def build_backend(
     # Every rank of a large group that waits wakes up for each look.
     look_every = max(0.05, 0.0005 * context.world_size)
     holder: list[CommBackend] = []
+    offers: list[Offer] = []
 
     def release() -> None:
         for backend in holder:
@@ -110,6 +112,7 @@ def build_backend(
         backend = make()
         holder.append(backend)
         backend.open(context)
+        offers.extend(ask(spec, backend))
 
     for state, step in (("build", open_it), ("canary", lambda: check(spec, holder[0], context))):
         problem: Setback | None = None
@@ -145,7 +148,7 @@ def build_backend(
             if not running:  # otherwise the thread that is still inside releases it when it comes back
                 release()
             return Attempt(Candidate(spec.name, dist, state, reasons), None)
-    return Attempt(Candidate(spec.name, dist, "ready"), holder[0])
+    return Attempt(Candidate(spec.name, dist, "ready"), holder[0], tuple(offers))
 
 
 def abort_backend(name: str, holder: list[CommBackend]) -> None:

@@ -12,6 +12,7 @@ from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
 from commplane.api.markers import hookimpl
 from commplane.api.norm import add_rms_norm
+from commplane.api.ranges import SizeRange
 from commplane.api.shm import owned_name, sweep
 from commplane.api.spec import BackendSpec, PageStoreSpec, Spec, SyncField, SyncSpec, TransferSpec
 from commplane.api.types import Capability, Collective, Numerics, ReduceOp, Vote
@@ -39,6 +40,7 @@ __all__ = [
     "RankFacts",
     "ReduceOp",
     "Requirement",
+    "SizeRange",
     "Spec",
     "SyncField",
     "SyncSpec",

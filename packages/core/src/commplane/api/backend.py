@@ -11,6 +11,7 @@ from commplane.api.bootstrap import Bootstrap, Deadline
 from commplane.api.facts import Facts
 from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
+from commplane.api.ranges import SizeRange
 from commplane.api.types import Capability, Collective, ReduceOp
 from commplane.api.workspace import Requirement, Workspace
 from commplane.errors import UnsupportedOperation
@@ -159,6 +160,25 @@ class CommBackend(ABC):
     def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
         """Build what `requirements` need. Collective; called before capture; nothing grows otherwise."""
         return []
+
+    def ranges(self, collective: Collective, dtype: str, capturing: bool = False) -> Sequence[SizeRange] | None:
+        """The sizes that this backend should be chosen for, as it knows them once it is open. Local; since comm 1.2.
+
+        Asked for each collective but `barrier` and each dtype of the spec (``"*"`` where the spec names none), right after
+        `open` and never again: what `init_workspace` builds later changes no plan. The plan keeps what lies within the limits
+        of the spec; what is left goes to the next backend. None is for all that the spec says, an empty answer for nothing.
+        Every rank must answer alike, so what was measured or read from a file has to be exchanged in `open`: the ranks compare
+        the answers, and a difference is an `AgreementError` that shows it.
+
+        The best of several backends, and of several algorithms of one, is not monotone in size: hence ranges, in any number.
+        Which algorithm runs is up to the backend's own call; the plan and ``commplane explain`` show the name.
+
+        Args:
+            collective: which one.
+            dtype: torch's name.
+            capturing: whether the calls are made while a capture is open.
+        """
+        return None
 
     def capture_begin(self) -> None:
         """A capture starts. Local. Only called with `Capability.CAPTURE`."""

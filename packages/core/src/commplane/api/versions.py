@@ -8,6 +8,7 @@ contract   version   what it added
 =========  ========  ==========================================================================
 comm       1.0       BackendSpec, CommBackend, commplane_init_workspace
 comm       1.1       Capability.ALL_REDUCE_RMS_NORM, add_rms_norm; flight_records and bare of CommBackend
+comm       1.2       CommBackend.ranges and SizeRange
 transfer   1.0       TransferSpec
 cache      1.0       SyncSpec, PageStoreSpec
 =========  ========  ==========================================================================
@@ -19,6 +20,6 @@ __all__ = ["CACHE_API", "COMM_API", "TRANSFER_API", "ApiVersion"]
 
 ApiVersion = tuple[int, int]
 
-COMM_API: ApiVersion = (1, 1)
+COMM_API: ApiVersion = (1, 2)
 TRANSFER_API: ApiVersion = (1, 0)
 CACHE_API: ApiVersion = (1, 0)

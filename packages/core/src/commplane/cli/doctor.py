@@ -31,6 +31,7 @@ def add_commands(commands: Any) -> None:
     explain.add_argument("--bytes", type=parse_size, default=8192, metavar="SIZE", help="such as 8192 or 8K (default 8192)")
     explain.add_argument("--dtype", default="float32", help="such as bfloat16 or bf16 (default float32)")
     explain.add_argument("--op", default="sum", choices=["sum", "min", "max", "avg"], help="reduction (default sum)")
+    explain.add_argument("--graph", action="store_true", help="for a call that is made while a graph is captured")
     add_ranks_option(explain)
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(call=lambda options: _report(options, _explain))
@@ -101,6 +102,6 @@ def _gib(value: int | None) -> str:
 def _explain(options: argparse.Namespace, plane: Plane) -> Report:
     comm = plane.communicator("explain")
     dtype = DTYPE_ALIASES.get(options.dtype, options.dtype)
-    answer = comm.plan.explain(options.collective, nbytes=options.bytes, dtype=dtype, op=options.op)
+    answer = comm.plan.explain(options.collective, nbytes=options.bytes, dtype=dtype, op=options.op, graph=options.graph)
     comm.close()
     return answer.to_json(), str(answer), 0 if answer.chosen else 3

@@ -77,7 +77,11 @@ class Communicator:
         self._flight = flight
         self._on_fault = on_fault
         self._on_close = on_close
-        self._live = DispatchTable(self.who, plan, flight.bindable())
+        bindable = flight.bindable()
+        self._live = DispatchTable(self.who, plan, bindable)
+        self._in_captures = self._live
+        if plan.captured is not None:
+            self._in_captures = DispatchTable(self.who, plan, bindable, capturing=True)
         self._table: dict[Any, Callable[..., Any]] = self._live
         self._fault: Exception | None = None
         self._closed = False
@@ -259,6 +263,7 @@ class Communicator:
             self._memory.prepare(collective, dtype, max_bytes, lambda needs: self._host.init_workspace(self, needs), self.poison)
         finally:
             self._live.clear()  # backends are bound anew, to what they have now
+            self._in_captures.clear()
 
     def empty(self, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory: reduced without a staging copy. Collective.
@@ -306,7 +311,7 @@ class Communicator:
         if self.captures:
             for backend, _ in self._capturing_backends():
                 backend.capture_begin()
-            self._table = RecordingTable(self._live)
+            self._table = RecordingTable(self._in_captures)
 
     def _capture_end(self, error: BaseException | None) -> CaptureError | None:
         """Vote on what was captured. Collective where the plan captures. Returns what all ranks are to raise, if anything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from commplane.api import Collective, ReduceOp, add_rms_norm
@@ -21,9 +21,18 @@ IN_PLACE = {"all_reduce_": Collective.ALL_REDUCE, "all_reduce_rms_norm_": Collec
 
 
 def _by_size(routes: list[Route], calls: list[Call], refuse: Callable[[int | None], CommplaneError]) -> Call:
-    """A callable that picks by the tensor's bytes. With one route for all sizes it is the bound callable itself."""
-    if len(routes) == 1 and (routes[0].low, routes[0].high) == (0, None):
-        return calls[0]
+    """A callable that picks by the tensor's bytes. With one for all sizes it is the bound callable itself.
+
+    Neighbours with one callable are one: which algorithm of a backend runs is decided inside of its call.
+    """
+    spans: list[tuple[int, int | None, Call]] = []
+    for route, call in zip(routes, calls, strict=True):
+        if spans and spans[-1][1:] == (route.low, call):
+            spans[-1] = spans[-1][0], route.high, call
+        else:
+            spans.append((route.low, route.high, call))
+    if len(spans) == 1 and spans[0][:2] == (0, None):
+        return spans[0][2]
     starts: list[int] = []
     table: list[Call] = []
 
@@ -31,13 +40,13 @@ def _by_size(routes: list[Route], calls: list[Call], refuse: Callable[[int | Non
         raise refuse(tensor.nbytes)
 
     end: int | None = 0
-    for route, call in zip(routes, calls, strict=True):
-        if end is not None and end < route.low:
+    for low, high, call in spans:
+        if end is not None and end < low:
             starts.append(end)
             table.append(gap)
-        starts.append(route.low)
+        starts.append(low)
         table.append(call)
-        end = route.high
+        end = high
     if end is not None:
         starts.append(end)
         table.append(gap)
@@ -69,14 +78,27 @@ def _compose_norm_in_place(all_reduce_: Call) -> Call:
     return all_reduce_rms_norm_
 
 
-class DispatchTable(dict[Key, Call]):
-    """(call, op, torch dtype) -> callable, filled from the plan when a key is first met."""
+def _one_of_each(routes: Iterable[Route]) -> Iterable[Route]:
+    """One route of each backend: what is bound is the same for all of them."""
+    return {r.backend: r for r in routes}.values()
 
-    def __init__(self, who: str, plan: Plan, backends: Mapping[str, Bindable]) -> None:
+
+class DispatchTable(dict[Key, Call]):
+    """(call, op, torch dtype) -> callable, filled from the plan when a key is first met.
+
+    Args:
+        who: how errors begin.
+        plan: what runs where.
+        backends: what to bind, by name.
+        capturing: whether it is for the calls inside of captures, whose routes may be others.
+    """
+
+    def __init__(self, who: str, plan: Plan, backends: Mapping[str, Bindable], *, capturing: bool = False) -> None:
         super().__init__()
         self._who = who
         self._plan = plan
         self._backends = backends
+        self._capturing = capturing
 
     def __missing__(self, key: Key) -> Call:
         name, op, dtype = key
@@ -84,17 +106,19 @@ class DispatchTable(dict[Key, Call]):
         dtype_name = str(dtype).removeprefix("torch.")
 
         def refuse(nbytes: int | None = None) -> CommplaneError:
-            return self._plan.unsupported(self._who, collective, op, dtype_name, nbytes)
+            return self._plan.unsupported(self._who, collective, op, dtype_name, nbytes, capturing=self._capturing)
 
         if op is not None and op not in ReduceOp._value2member_map_:
             raise refuse()
         reduction = None if op is None else ReduceOp(op)
-        routes = self._plan.find(collective, reduction, dtype_name)
-        served = [(r, self._bind(r, dtype, in_place=in_place)) for r in routes]
+        routes = self._plan.find(collective, reduction, dtype_name, capturing=self._capturing)
+        bound = {r.backend: self._bind(r, dtype, in_place=in_place) for r in _one_of_each(routes)}
+        served = [(r, bound[r.backend]) for r in routes]
         if collective is Collective.ALL_REDUCE_RMS_NORM:
-            composed = self._plan.composed(dtype_name)
+            composed = self._plan.composed(dtype_name, capturing=self._capturing)
             compose = _compose_norm_in_place if in_place else _compose_norm
-            served.extend((r, compose(self._bind(r, dtype, in_place=in_place))) for r in composed)
+            made = {r.backend: compose(self._bind(r, dtype, in_place=in_place)) for r in _one_of_each(composed)}
+            served.extend((r, made[r.backend]) for r in composed)
             served.sort(key=lambda pair: pair[0].low)
         if not served:
             raise refuse()

@@ -11,7 +11,7 @@ from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, Fact
 from commplane.config import Config
 from commplane.errors import AgreementError, CommplaneWarning, SelectionError
 from commplane.plugins import PluginHost
-from commplane.select import LAST_RESORT, Candidate, Draft, Plan, choose, compile_routes, disagreement
+from commplane.select import LAST_RESORT, Candidate, Draft, Offer, Plan, choose, disagreement, said
 
 __all__ = ["Formation"]
 
@@ -105,6 +105,7 @@ class Formation:
         outcomes: list[Candidate] = []
         built: dict[str, CommBackend] = {}
         attempts: list[StoreBootstrap] = []
+        offers: list[Offer] = []
         try:
             for name in draft.order:
                 entry = registered[name]
@@ -136,15 +137,15 @@ class Formation:
                 if result.backend is not None:
                     built[name] = result.backend
                     attempts.append(attempt)
+                    offers.extend(result.offers)
             specs = tuple(registered[n].spec for n in draft.order if n in built)
             refused = tuple(sorted(draft.refused, key=lambda c: c.name))
-            numerics = self._config.numerics
-            plan = Plan(self._key, (*outcomes, *refused), compile_routes(specs, numerics), specs, numerics)  # type: ignore[arg-type]
+            plan = Plan.of(self._key, (*outcomes, *refused), specs, self._config.numerics, offers)  # type: ignore[arg-type]
             self._warn_of_refusals(plan)
             digests = self._bootstrap.gather(plan.digest, what="commit").groups
             text = disagreement("the plan", [(digest, [self._key.ranks[i] for i in at]) for digest, at in digests])
             if text is not None:
-                raise AgreementError(f"[{self._key.purpose}] {text}")
+                raise AgreementError(f"[{self._key.purpose}] {self._difference(offers) or text}")
             if not built:
                 reasons = "; ".join(f"{c.name} ({c.state}): {c.reason}" for c in plan.candidates)
                 raise SelectionError(
@@ -155,6 +156,13 @@ class Formation:
                 close_backend(name, backend)
             raise
         return plan, built, attempts
+
+    def _difference(self, offers: Sequence[Offer]) -> str | None:
+        """How the answers of the ranks' backends differ that were asked for sizes, or None. Collective, once the plans differ."""
+        answers = self._bootstrap.gather(said(offers), what="commit, what differs").groups
+        ranks = self._key.ranks
+        text = disagreement("the sizes that a backend offers", [(answer, [ranks[i] for i in at]) for answer, at in answers])
+        return text and f"{text}; CommBackend.ranges must answer alike on every rank"
 
     def _warn_of_refusals(self, plan: Plan) -> None:
         """One warning for each backend that was asked for by name and refused, on the group's first rank only.

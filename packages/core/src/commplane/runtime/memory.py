@@ -57,10 +57,12 @@ class GroupMemory:
 
         needs = [need]
         if need.collective is Collective.ALL_REDUCE_RMS_NORM:
-            composed = [r for r in self._plan.composed(need.dtype) if r.low <= need.max_bytes]
-            if composed:  # of an all-reduce, which then needs what an all-reduce needs
-                largest = need.max_bytes if composed[-1].high is None else min(need.max_bytes, composed[-1].high - 1)
-                needs.append(replace(need, collective=Collective.ALL_REDUCE, max_bytes=largest))
+            composed = [r for capturing in (False, True) for r in self._plan.composed(need.dtype, capturing=capturing)]
+            largest = [
+                need.max_bytes if r.high is None else min(need.max_bytes, r.high - 1) for r in composed if r.low <= need.max_bytes
+            ]
+            if largest:  # of an all-reduce, which then needs what an all-reduce needs
+                needs.append(replace(need, collective=Collective.ALL_REDUCE, max_bytes=max(largest)))
 
         def undo(built: Iterable[Workspace]) -> None:
             for workspace in built:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from commplane.select.alike import Gathered, alike
 from commplane.select.choose import LAST_RESORT, Draft, choose, difference, disagreement, static_refusal
-from commplane.select.plan import Candidate, Explanation, Plan, Route, compile_routes
+from commplane.select.offers import Offer, ask, said
+from commplane.select.plan import Candidate, Explanation, Plan
+from commplane.select.routes import Route, compile_routes
 
 __all__ = [
     "LAST_RESORT",
@@ -12,12 +14,15 @@ __all__ = [
     "Draft",
     "Explanation",
     "Gathered",
+    "Offer",
     "Plan",
     "Route",
     "alike",
+    "ask",
     "choose",
     "compile_routes",
     "difference",
     "disagreement",
+    "said",
     "static_refusal",
 ]
