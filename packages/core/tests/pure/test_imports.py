@@ -96,7 +96,9 @@ def test_the_plugins_command_works_as_a_module() -> None:
     )
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
-    assert [(p["name"], p["dist"], p["provides"]) for p in report["plugins"]] == [("torch", "commplane", ["backend torch"])]
+    assert [(p["name"], p["dist"], p["provides"]) for p in report["plugins"]] == [
+        ("torch", "commplane", ["backend torch", "backend torch_symm"])
+    ]
 
 
 def modules(package: str) -> list[str]:

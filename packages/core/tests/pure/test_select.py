@@ -144,6 +144,16 @@ def test_asking_for_torch_alone_leaves_all_others_out_by_policy() -> None:
     assert [(c.name, c.state) for c in draft.refused] == [("a", "policy")]
 
 
+def test_a_priority_below_zero_keeps_a_backend_for_those_who_name_it() -> None:
+    published = {"a": entry(), "shy": entry(priority=-1), "torch": entry()}
+    draft = choose(key(1), submit(published))
+    assert draft.order == ("a", "torch")
+    assert [(c.name, c.state, c.reason) for c in draft.refused] == [
+        ("shy", "policy", "is used only where it is asked for by name")
+    ]
+    assert choose(key(1), submit(published, wanted=["shy"])).order == ("shy", "torch")
+
+
 def test_a_missing_backend_names_the_global_ranks_that_lack_it() -> None:
     assert reason_of("a", submit({"a": entry()}, {}, {})) == "is not available on ranks 13, 16"
 

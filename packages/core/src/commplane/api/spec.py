@@ -60,7 +60,8 @@ class BackendSpec(Spec):
         min_bytes: smallest message in bytes it should be chosen for.
         max_bytes: largest message in bytes it can serve, or None.
         numerics: what it promises about the order of additions.
-        priority: higher is preferred where the user gave no order; equal ones are ordered by name.
+        priority: higher is preferred where the user gave no order; equal ones are ordered by name. Below 0: used only where
+            the user names it.
         options: settings of its own with their defaults; the type of a default is the type of the setting.
     """
 

@@ -1,4 +1,4 @@
-"""Core's own plugin: the torch.distributed backend, and the last word of every hook that needs one."""
+"""Core's own plugin: the backends that torch brings, and the last word of every hook that needs one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def probe(request: ProbeRequest, facts: Facts) -> Verdict:
 
 @hookimpl
 def commplane_register_comm_backends() -> list[BackendSpec]:
-    """`torch`: every collective, any device, always last in a plan."""
+    """`torch`: every collective, any device, always last in a plan. `torch_symm`: where it is asked for by name."""
     return [
         BackendSpec(
             name="torch",
@@ -60,7 +60,24 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
             ops={"sum", "min", "max", "avg"},
             device="any",
             min_world_size=1,
-        )
+        ),
+        BackendSpec(
+            name="torch_symm",
+            api=(1, 0),
+            factory="commplane.backends.torch_symm:TorchSymmetricMemory",
+            probe="commplane.backends.symm_probe:probe",
+            capabilities={Capability.ALL_REDUCE, Capability.SYMMETRIC_MEMORY, Capability.CAPTURE},
+            dtypes={"float32", "bfloat16"},
+            device="cuda",
+            max_world_size=8,
+            priority=-1,  # only where it is asked for: its waits have no deadline
+            options={
+                # auto, one_shot or two_shot.
+                "algorithm": "auto",
+                # Most bytes of staging a rank; larger messages go through it in pieces. `prepare` builds what is needed of it.
+                "max_bytes": 64 << 20,
+            },
+        ),
     ]
 
 

@@ -102,7 +102,10 @@ def choose(key: GroupKey, submissions: Sequence[Mapping[str, Any]]) -> Draft:
             if n not in wanted and n != LAST_RESORT
         )
     else:
-        order = sorted((n for n in usable if n != LAST_RESORT), key=lambda n: (-usable[n]["spec"]["priority"], n))
+        by_name = [n for n in usable if n != LAST_RESORT and usable[n]["spec"]["priority"] < 0]
+        refused.extend(Candidate(n, usable[n]["dist"], "policy", "is used only where it is asked for by name") for n in by_name)
+        chosen = (n for n in usable if n != LAST_RESORT and n not in by_name)
+        order = sorted(chosen, key=lambda n: (-usable[n]["spec"]["priority"], n))
     if LAST_RESORT in usable:
         order.append(LAST_RESORT)
     facts = {n: _merge_facts([(s["backends"][n].get("facts", {}), ranks) for s, ranks in said], key.ranks) for n in order}
