@@ -206,6 +206,21 @@ class Config:
             sources[full] = source
         return replace(self, options=options, sources=sources, pending={})
 
+    def changed(self, options: Mapping[str, Mapping[str, Any]]) -> Config:
+        """These settings with some of the backends' own replaced, as one communicator may have them. Local.
+
+        Raises:
+            ConfigError: an unknown backend or option, or a value of the wrong type.
+        """
+        out = {backend: dict(values) for backend, values in self.options.items()}
+        for backend, values in options.items():
+            for option, raw in values.items():
+                if option not in out.get(backend, {}):
+                    found = ", ".join(f"{b}.{o}" for b, values in self.options.items() for o in values) or "none"
+                    raise ConfigError(f"no backend has a setting '{backend}.{option}', found {found}: leave it out")
+                out[backend][option] = _as_type_of(out[backend][option], raw, f"{backend}.{option}", "argument")
+        return replace(self, options=out)
+
     def _unknown(self, key: str, source: str, known: Iterable[str]) -> str:
         core = [f.name for f in fields(self) if "parse" in f.metadata]
         if source.startswith("environment"):

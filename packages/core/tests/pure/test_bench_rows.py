@@ -58,6 +58,7 @@ def test_a_row_as_json_has_exactly_these_keys() -> None:
         "vs_torch": 3.24,
         "vs_pair": None,
         "detail": None,
+        "algorithm": None,
     }
 
 
@@ -185,6 +186,21 @@ def test_what_was_measured_both_ways_has_two_columns_side_by_side() -> None:
         ["bytes", "pinned", "free", "pinned", "free"],
         ["64", "KiB", "41.50", "40.50", "13.50", "(3.2x)", "12.50", "(3.2x)"],
     ]
+
+
+def test_a_table_of_graphs_says_so_and_candidates_of_one_backend_have_a_column_each() -> None:
+    in_graph = replace(ROW, device="cuda", graph=True, backend="torch_symm:one_shot", algorithm="one_shot")
+    other = replace(in_graph, backend="torch_symm:two_shot", algorithm="two_shot", median_us=3.0)
+    title, *lines = table([in_graph, other]).splitlines()
+    assert title == "all_reduce sum, float32, 2 ranks, cuda graph, not pinned: median us a call (times torch)"
+    assert lines[0].split() == ["bytes", "torch_symm:one_shot", "staged", "torch_symm:two_shot", "staged"]
+
+
+def test_below_the_table_stands_which_algorithm_a_backend_ran_at_which_size() -> None:
+    algorithms = {64: "push", 1024: "push", 65536: "two_shot"}
+    rows = [TORCH, *(replace(ROW, bytes=n, algorithm=a) for n, a in algorithms.items()), replace(ROW, bytes=64, pinned=True)]
+    assert table(rows).splitlines()[-1] == "custom_ar staged: push at 64 B, 1 KiB; two_shot at 64 KiB"
+    assert "push" not in table([replace(r, algorithm=None) for r in rows])
 
 
 def test_pinned_rows_alone_say_so_in_the_title() -> None:
@@ -325,6 +341,8 @@ def test_the_machine_in_words_is_one_line() -> None:
         "kernel": "Linux 6",
         "python": "3.11.7",
         "torch": "2.13.0",
+        "gpus": [],
+        "cuda": None,
         "backends": {"torch": {}, "custom_ar": {"isa": "avx512"}},
     }
     assert in_words(machine) == (
@@ -334,6 +352,8 @@ def test_the_machine_in_words_is_one_line() -> None:
     assert in_words(machine | {"cpu_mhz": None, "memory_bytes": None, "virtual_machine": False}).startswith(
         "machine with 2 cores"
     )
+    on_gpus = in_words(machine | {"gpus": ["NVIDIA H200", "NVIDIA H200"], "cuda": "13.0"})
+    assert ", memory 24.0 GiB, 2 x NVIDIA H200; Linux 6, " in on_gpus and "torch 2.13.0, CUDA 13.0, custom_ar" in on_gpus
 
 
 def test_what_a_layer_adds_is_taken_round_by_round_so_that_a_slow_round_does_not_count() -> None:

@@ -100,6 +100,8 @@ def test_bench_knows_every_collective_there_is() -> None:
         (["--overhead", "--plot", "x.png"], "--overhead measures all_reduce sum as a table, found --plot"),
         (["--overhead", "--collectives", "barrier", "--op", "max"], "found --collectives, --op: leave it out"),
         (["--overhead", "--out-of-place"], "found --out-of-place"),
+        (["--overhead", "--graph"], "found --graph"),
+        (["--startup", "--device", "cpu", "--graph"], "found --device, --graph: leave it out"),
         (["--collectives", "barrier", "--plot", "x.png"], "a barrier has none"),
         (["--json", "no/such/folder.json"], "folder of 'no/such/folder.json' does not exist"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -85,12 +85,13 @@ class Case:
     """One candidate of a step.
 
     Attributes:
-        backend: its name.
+        backend: its name, with ``:`` and an algorithm behind where that was asked for.
         mode: ``staged`` or ``symmetric``, or for all_reduce_rms_norm ``fused`` or ``pair``, with `` symmetric`` behind.
         communicator: with this backend before all others.
         call: makes the collective, `times` times.
         times: collectives in one call.
         detail: of a fused call or a pair, which of the ways to write it.
+        algorithm: what the plan says that the backend runs, if that has a name.
     """
 
     backend: str
@@ -99,72 +100,90 @@ class Case:
     call: Callable[[], object]
     times: int = 1
     detail: str | None = None
+    algorithm: str | None = None
 
 
-def form(plane: Plane, backends: Sequence[str] | None, purpose: str) -> dict[str, Communicator]:
-    """A communicator for each backend, `torch` first. Collective over all ranks.
+def form(plane: Plane, backends: Sequence[str] | None, purpose: str, device: str | None = None) -> dict[str, Communicator]:
+    """A communicator for each candidate, `torch` first. Collective over all ranks.
+
+    Args:
+        plane: over which ranks.
+        backends: names; ``name:algorithm`` is a backend with its option ``algorithm`` set to that. None for all that are usable.
+        purpose: what the communicators' names begin with.
+        device: as for `Plane.communicator`.
 
     Raises:
-        ConfigError: a backend asked for by name cannot serve these ranks.
+        ConfigError: a backend asked for by name cannot serve these ranks, or has no such option.
     """
-    wanted = ["torch", *(n for n in (plane.plugins.backends() if backends is None else backends) if n != "torch")]
+    wanted = dict.fromkeys(["torch", *(plane.plugins.backends() if backends is None else backends)])
     formed = {}
-    for name in wanted:
+    for asked in wanted:
+        name, _, algorithm = asked.partition(":")
+        options = {name: {"algorithm": algorithm}} if algorithm else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CommplaneWarning)  # said below, as an error if it was asked for
-            comm = plane.communicator(f"{purpose}_{name}", backends=[name])
+            comm = plane.communicator(f"{purpose}_{asked.replace(':', '_')}", device=device, backends=[name], options=options)
         if comm.plan.backends[0] == name:
-            formed[name] = comm
+            formed[asked] = comm
             continue
         refusal = next((c.reason for c in comm.plan.candidates if c.name == name), "unknown")
         comm.close()
         if backends is not None:
-            raise ConfigError(f"bench: backend {name!r} cannot serve these ranks: {refusal}")
+            raise ConfigError(f"bench: backend {asked!r} cannot serve these ranks: {refusal}")
     return formed
 
 
-def make_cases(plane: Plane, communicators: dict[str, Communicator], step: Step) -> list[Case]:
-    """Every way to do `step`, with tensors of zeros: they stay zeros, however often they are summed. Collective."""
+def make_cases(plane: Plane, communicators: dict[str, Communicator], step: Step, *, graph: bool = False) -> list[Case]:
+    """Every way to do `step`, with tensors of zeros: they stay zeros, however often they are summed. Collective.
+
+    With `graph` it is the plan of captured calls that says what a backend serves.
+    """
     cases = []
     for name, comm in communicators.items():
-        symmetric = any(s.name == name and Capability.SYMMETRIC_MEMORY in s.capabilities for s in comm.plan.specs)
+        found = (s for s in comm.plan.specs if s.name == _plain(name))
+        symmetric = any(Capability.SYMMETRIC_MEMORY in s.capabilities for s in found)
         modes = [False, True] if symmetric and step.dtype is not None else [False]
         for in_symmetric_memory in modes:
-            cases.extend(_ways(plane, name, comm, step, in_symmetric_memory))
+            cases.extend(_ways(plane, name, comm, step, in_symmetric_memory, graph))
     return cases
 
 
-def _ways(plane: Plane, backend: str, comm: Communicator, step: Step, symmetric: bool) -> list[Case]:
+def _plain(asked: str) -> str:
+    """The backend's name alone."""
+    return asked.partition(":")[0]
+
+
+def _ways(plane: Plane, backend: str, comm: Communicator, step: Step, symmetric: bool, graph: bool) -> list[Case]:
     import torch
 
     mode = "symmetric" if symmetric else "staged"
-    if step.collective is Collective.BARRIER:
-        return [Case(backend, mode, comm, comm.barrier)] if _serves(comm, backend, step, step.collective) else []
-    kind: torch.dtype = getattr(torch, str(step.dtype))
-    served = [
-        c
-        for c in ([step.collective, Collective.ALL_REDUCE] if step.hidden else [step.collective])
-        if _serves(comm, backend, step, c)
-    ]
+    candidates = [step.collective, Collective.ALL_REDUCE] if step.hidden else [step.collective]
+    answers = {c: _serves(comm, backend, step, c, graph) for c in candidates}
+    served = {c: algorithm for c, algorithm in answers.items() if algorithm is not None}
     if not served:
         return []
+    if step.collective is Collective.BARRIER:
+        return [Case(backend, mode, comm, comm.barrier)]
+    kind: torch.dtype = getattr(torch, str(step.dtype))
     for collective in served:
         comm.prepare(str(collective), dtype=kind, max_bytes=step.nbytes)
     shape = (step.count,) if step.hidden is None else (step.count // step.hidden, step.hidden)
     tensor = comm.empty(shape, dtype=kind) if symmetric else torch.empty(shape, dtype=kind, device=comm.device)
     tensor.zero_()  # also makes the pages of `empty` real
     if step.hidden is not None:
-        return _rms_norm(plane, backend, comm, tensor, served, " symmetric" if symmetric else "")
-    return [_plain(backend, mode, comm, step, tensor)]
+        return _rms_norm(plane, backend, comm, tensor, served, " symmetric" if symmetric else "", graph)
+    return [replace(_call(backend, mode, comm, step, tensor), algorithm=served[step.collective] or None)]
 
 
-def _serves(comm: Communicator, backend: str, step: Step, collective: Collective) -> bool:
-    """Whether it is `backend` that runs, and not one that stands in for it."""
-    answer = comm.plan.explain(str(collective), nbytes=step.nbytes, dtype=step.dtype or "float32", op=step.op or "sum")
-    return answer.chosen == backend
+def _serves(comm: Communicator, backend: str, step: Step, collective: Collective, graph: bool) -> str | None:
+    """The algorithm, or an empty text where it has no name; None where it is not `backend` that runs, but one in its place."""
+    answer = comm.plan.explain(
+        str(collective), nbytes=step.nbytes, dtype=step.dtype or "float32", op=step.op or "sum", graph=graph
+    )
+    return answer.algorithm if answer.chosen == _plain(backend) else None
 
 
-def _plain(backend: str, mode: str, comm: Communicator, step: Step, tensor: torch.Tensor) -> Case:
+def _call(backend: str, mode: str, comm: Communicator, step: Step, tensor: torch.Tensor) -> Case:
     """Any collective but the fused one."""
     op = () if step.op in (None, "sum") else (step.op,)
     if step.collective is Collective.BROADCAST:
@@ -182,7 +201,13 @@ def _plain(backend: str, mode: str, comm: Communicator, step: Step, tensor: torc
 
 
 def _rms_norm(
-    plane: Plane, backend: str, comm: Communicator, tensor: torch.Tensor, served: Sequence[Collective], suffix: str
+    plane: Plane,
+    backend: str,
+    comm: Communicator,
+    tensor: torch.Tensor,
+    served: Mapping[Collective, str],
+    suffix: str,
+    graph: bool,
 ) -> list[Case]:
     """The fused call, where the backend has it, and the pair of calls that it replaces."""
     import torch
@@ -190,10 +215,12 @@ def _rms_norm(
     residual = torch.empty_like(tensor).zero_()
     weight = torch.ones(tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
     cases = []
-    if Collective.ALL_REDUCE_RMS_NORM in served:
-        detail, call = fastest(plane, comm, fused(comm, tensor, residual, weight))
-        cases.append(Case(backend, f"fused{suffix}", comm, call, detail=detail))
-    if Collective.ALL_REDUCE in served:
-        detail, call = fastest(plane, comm, pairs(comm, tensor, residual, weight))
-        cases.append(Case(backend, f"pair{suffix}", comm, call, detail=detail))
+    for collective, word, ways in (
+        (Collective.ALL_REDUCE_RMS_NORM, "fused", fused),
+        (Collective.ALL_REDUCE, "pair", pairs),
+    ):
+        if collective in served:
+            detail, call = fastest(plane, comm, ways(comm, tensor, residual, weight), graph=graph)
+            algorithm = served[collective] or None
+            cases.append(Case(backend, f"{word}{suffix}", comm, call, detail=detail, algorithm=algorithm))
     return cases

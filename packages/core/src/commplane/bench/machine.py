@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def describe(plane: Plane, communicators: Iterable[Communicator], arguments: Seq
     """
     import torch
 
+    communicators = list(communicators)
     cpu = read_cpu(Path("/proc/cpuinfo").read_text())
     mine = plane.facts[plane.rank]
     return {
@@ -45,6 +47,8 @@ def describe(plane: Plane, communicators: Iterable[Communicator], arguments: Seq
         "python": platform.python_version(),
         "torch": torch.__version__,
         "omp_num_threads": torch.get_num_threads(),
+        "gpus": _gpus() if any(comm.key.device == "cuda" for comm in communicators) else [],
+        "cuda": torch.version.cuda,
         "wheels": dict(sorted(plane.plugins.versions.values())),
         "backends": {
             c.name: dict(c.facts) for comm in communicators for c in comm.plan.candidates if c.name == comm.plan.backends[0]
@@ -55,6 +59,13 @@ def describe(plane: Plane, communicators: Iterable[Communicator], arguments: Seq
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["commplane", *arguments]),
     }
+
+
+def _gpus() -> list[str]:
+    """The names of those that this process sees. Local."""
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def read_cpu(cpuinfo: str) -> dict[str, Any]:
@@ -94,12 +105,14 @@ def in_words(machine: Mapping[str, Any]) -> str:
     kind = "virtual machine" if machine["virtual_machine"] else "machine"
     caches = "".join(f", {level} {cache['bytes'] / 2**20:g} MiB" for level, cache in machine["caches"].items() if level != "L1")
     memory = "" if machine["memory_bytes"] is None else f", memory {machine['memory_bytes'] / 2**30:.1f} GiB"
+    gpus = "".join(f", {n} x {name}" for name, n in Counter(machine["gpus"]).items())
+    cuda = f", CUDA {machine['cuda']}" if machine["gpus"] else ""
     found = "".join(
         f", {name} with {', '.join(f'{key}={value}' for key, value in facts.items())}"
         for name, facts in machine["backends"].items()
         if facts
     )
     return (
-        f"{kind} with {machine['cores']} cores of {machine['cpu']}{clock}{caches}{memory}; {machine['kernel']}, "
-        f"Python {machine['python']}, torch {machine['torch']}{found}"
+        f"{kind} with {machine['cores']} cores of {machine['cpu']}{clock}{caches}{memory}{gpus}; {machine['kernel']}, "
+        f"Python {machine['python']}, torch {machine['torch']}{cuda}{found}"
     )

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from commplane.api import Collective
 from commplane.bench.affinity import core_of
 from commplane.bench.cases import Case, Step, make_cases
+from commplane.bench.graphs import Captured, capture
 from commplane.bench.timing import Runner, agree_on_calls, p99, take_turn
-from commplane.errors import ConfigError, UnsupportedOperation
+from commplane.errors import CommplaneError, ConfigError, UnsupportedOperation
 
 if TYPE_CHECKING:
     from commplane.runtime import Communicator, Plane
@@ -31,7 +32,7 @@ class Row:
     Attributes:
         collective: its name.
         op: the reduction, or None where there is none.
-        backend: its name.
+        backend: its name, with ``:`` and an algorithm behind where that was asked for.
         mode: ``staged`` for an ordinary tensor, ``symmetric`` for one from `Communicator.empty`; of all_reduce_rms_norm
             ``fused`` or ``pair``, with `` symmetric`` behind.
         in_place: whether the result is written to the input.
@@ -41,7 +42,7 @@ class Row:
         hidden: its last dimension for all_reduce_rms_norm, else None.
         ranks: how many.
         device: ``cpu`` or ``cuda``.
-        graph: measured under a replayed graph.
+        graph: measured in a replayed CUDA graph, as device time.
         median_us: over all counted calls.
         p99_us: over all counted calls.
         iterations: counted calls.
@@ -49,6 +50,7 @@ class Row:
         vs_pair: of a fused row, the median of the same backend's unfused pair on the same kind of tensor, the better of pinned
             and not, divided by this one's.
         detail: of a fused call or a pair, which of the ways to write it was the fastest.
+        algorithm: what the backend said that it runs at this size, or None where it has no name for it.
     """
 
     collective: str
@@ -69,6 +71,7 @@ class Row:
     vs_torch: float | None = None
     vs_pair: float | None = None
     detail: str | None = None
+    algorithm: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with these names."""
@@ -82,7 +85,9 @@ def measure(
     *,
     pin: str | None = None,
     rounds: int = 7,
+    graph: bool = False,
     progress: Callable[[str], None] = lambda _text: None,
+    left_out: Callable[[str], None] = lambda _text: None,
 ) -> list[Row]:
     """Time each step on each backend. Collective over all ranks; every rank returns the same rows.
 
@@ -92,7 +97,10 @@ def measure(
         todo: from `steps`.
         pin: ``on``, ``off`` or ``both``; see `pinnings` for None.
         rounds: counted rounds.
+        graph: replays of CUDA graphs are timed, for communicators on cuda.
         progress: told what is being measured.
+        left_out: told on every rank alike which candidate could not be captured, at what and why. One whose communicator
+            cannot be used after that is left out of the later steps too.
 
     Raises:
         UnsupportedOperation: no backend does a step.
@@ -101,11 +109,30 @@ def measure(
     ways = pinnings(plane, communicators.values(), pin)
     for i, step in enumerate(todo):
         progress(f"[{i + 1}/{len(todo)}] {step}")
-        cases = make_cases(plane, communicators, step)
+        usable = {name: comm for name, comm in communicators.items() if _usable(comm)}
+        cases = make_cases(plane, usable, step, graph=graph)
         if not cases:
             raise UnsupportedOperation(f"bench: no backend serves {step}")
-        rows.extend(_measure_one(plane, cases, step, ways, rounds))
+        graphs: dict[int, Captured] = {}
+        for number, case in enumerate(cases if graph else ()):
+            if not _usable(case.communicator):  # its other kind of tensor could not be captured
+                continue
+            made = capture(plane, case.communicator, case.call)
+            if isinstance(made, Captured):
+                graphs[number] = made
+            else:
+                left_out(f"{case.backend} {case.mode}, {step}: cannot be captured: {made}")
+        taking = [(case, graphs.get(number)) for number, case in enumerate(cases) if number in graphs or not graph]
+        rows.extend(_measure_one(plane, taking, step, ways, rounds) if taking else ())
     return rows
+
+
+def _usable(communicator: Communicator) -> bool:
+    try:
+        communicator.check_usable("bench")
+    except CommplaneError:  # closed by nobody here: a capture that failed has poisoned it, on every rank
+        return False
+    return True
 
 
 def steps(
@@ -161,10 +188,12 @@ def pinnings(plane: Plane, communicators: Iterable[Communicator], pin: str | Non
     return {"on": [True], "off": [False], "both": [True, False]}[pin]
 
 
-def _measure_one(plane: Plane, cases: Sequence[Case], step: Step, ways: Sequence[bool], rounds: int) -> list[Row]:
+def _measure_one(
+    plane: Plane, cases: Sequence[tuple[Case, Captured | None]], step: Step, ways: Sequence[bool], rounds: int
+) -> list[Row]:
     core = core_of(plane.facts, plane.rank)
-    entries = [(case, on) for case in cases for on in ways]
-    runners = [Runner(case.communicator, case.call, core if on else None) for case, on in entries]
+    entries = [(case, on) for case, _ in cases for on in ways]
+    runners = [Runner(c.communicator, c.call, core if on else None, graph) for c, graph in cases for on in ways]
     calls = agree_on_calls(plane, runners)
     times: list[list[float]] = [[] for _ in runners]
     for number in range(rounds + 1):
@@ -187,11 +216,12 @@ def _measure_one(plane: Plane, cases: Sequence[Case], step: Step, ways: Sequence
             hidden=step.hidden,
             ranks=plane.world_size,
             device=case.communicator.key.device,
-            graph=False,
+            graph=runners[i].graph is not None,
             median_us=round(max(result[i][0] for result in everyone), 3),
             p99_us=round(max(result[i][1] for result in everyone), 3),
-            iterations=len(times[i]) * case.times,
+            iterations=rounds * calls[i] * case.times,
             detail=case.detail,
+            algorithm=case.algorithm,
         )
         for i, (case, on) in enumerate(entries)
     ]

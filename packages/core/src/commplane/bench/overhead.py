@@ -144,11 +144,11 @@ class _Runner:
         return statistics.median(spent) / calls
 
 
-def form_null(plane: Plane) -> Communicator:
+def form_null(plane: Plane, device: str | None = None) -> Communicator:
     """A group of this rank alone whose backend does nothing, with everything above it as in any other group. Local."""
     if NULL not in plane.plugins.backends():
         plane.plugins.register(NullPlugin(), NULL, dist="commplane", version=core_version())
-    return plane.communicator("overhead_null", [plane.rank], backends=[NULL])
+    return plane.communicator("overhead_null", [plane.rank], device=device, backends=[NULL])
 
 
 def measure_overhead(
@@ -178,7 +178,7 @@ def measure_overhead(
     runners = []
     for subject in subjects:
         comm = subject.communicator
-        if comm.plan.explain(nbytes=step.nbytes, dtype=step.dtype).chosen != subject.backend:
+        if comm.plan.explain(nbytes=step.nbytes, dtype=step.dtype).chosen != subject.backend.partition(":")[0]:
             continue
         comm.prepare("all_reduce", dtype=kind, max_bytes=step.nbytes)
         tensor = torch.empty(step.count, dtype=kind, device=comm.device).zero_()
@@ -241,7 +241,9 @@ def _loops(subject: Subject, tensor: torch.Tensor) -> dict[str, Loop]:
     import commplane.ops  # noqa: F401  registers the operators
 
     comm = subject.communicator
-    backend = next(b for name, b in zip(comm.plan.backends, comm.backends, strict=True) if name == subject.backend)
+    backend = next(
+        b for name, b in zip(comm.plan.backends, comm.backends, strict=True) if name == subject.backend.partition(":")[0]
+    )
     bare = backend.bare(tensor, ReduceOp.SUM)
 
     def native(n: int, call: Callable[[], object] | None = bare) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from commplane.api import add_rms_norm
+from commplane.bench.graphs import Captured, capture
 from commplane.bench.timing import Runner, agree_on_calls, take_turn
 
 if TYPE_CHECKING:
@@ -52,9 +53,18 @@ def fused(comm: Communicator, tensor: torch.Tensor, residual: torch.Tensor, weig
     }
 
 
-def fastest(plane: Plane, comm: Communicator, ways: dict[str, Way]) -> tuple[str, Way]:
-    """The way that took the least time in a turn each, summed over the ranks. Collective over all ranks."""
-    runners = [Runner(comm, way) for way in ways.values()]
+def fastest(plane: Plane, comm: Communicator, ways: dict[str, Way], *, graph: bool = False) -> tuple[str, Way]:
+    """The way that took the least time in a turn each, summed over the ranks. Collective over all ranks.
+
+    With `graph` in a replay, of those that can be captured; where none can, the first, and whoever captures it learns why.
+    """
+    captured = {name: capture(plane, comm, way) if graph else None for name, way in ways.items()}
+    ways = {name: way for name, way in ways.items() if not isinstance(captured[name], str)} or dict(list(ways.items())[:1])
+    if len(ways) == 1:
+        return next(iter(ways.items()))
+    runners = [
+        Runner(comm, way, graph=made if isinstance(made := captured[name], Captured) else None) for name, way in ways.items()
+    ]
     calls = agree_on_calls(plane, runners)
     times = [statistics.median(take_turn(runner, n)) for runner, n in zip(runners, calls, strict=True)]
     everyone = plane.gather(times, what="bench of the ways to norm")

@@ -34,7 +34,7 @@ def _subject(row: Row) -> str:
     if row.collective == "all_reduce" and not row.in_place:
         parts[0] += " out of place"
     parts += [row.dtype] if row.dtype else []
-    return ", ".join([*parts, f"{row.ranks} ranks", row.device])
+    return ", ".join([*parts, f"{row.ranks} ranks", f"{row.device} graph" if row.graph else row.device])
 
 
 def _times(ratio: float) -> str:
@@ -88,7 +88,20 @@ def _one_table(subject: str, rows: Sequence[Row]) -> str:
     out.append(f"{'bytes':>{left}}{heads}")
     for n, name in zip(sizes, stub, strict=True):
         out.append(f"{name:>{left}}" + "".join(f"{texts[label, on, n]:>{widths[label, on]}}" for label in labels for on in ways))
-    return "\n".join(out)
+    return "\n".join([*out, *_algorithms(rows)])
+
+
+def _algorithms(rows: Sequence[Row]) -> list[str]:
+    """A line for each backend and mode that has names for what it ran: at which sizes."""
+    sizes: dict[str, dict[str, list[str]]] = {}
+    for r in rows:
+        if r.algorithm is not None:
+            at = sizes.setdefault(_label(r), {}).setdefault(r.algorithm, [])
+            at += [] if human_bytes(r.bytes) in at else [human_bytes(r.bytes)]
+    return [
+        f"{label}: " + "; ".join(f"{algorithm} at {', '.join(at)}" for algorithm, at in found.items())
+        for label, found in sizes.items()
+    ]
 
 
 def overhead_table(rows: Sequence[OverheadRow]) -> str:

@@ -1,4 +1,4 @@
-"""Turns: some calls of one candidate after a barrier, timed one by one, and how many of them make a turn."""
+"""Turns: some calls of one candidate after a barrier, timed, and how many of them make a turn."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from commplane.bench.affinity import pinned
 
 if TYPE_CHECKING:
+    from commplane.bench.graphs import Captured
     from commplane.runtime import Communicator, Plane
 
 __all__ = ["TURN_S", "Runner", "agree_on_calls", "p99", "take_turn"]
@@ -32,11 +33,17 @@ class Runner:
         communicator: its ranks begin a turn together.
         call: what is timed.
         core: every thread of this process is on it for the turn; None leaves them alone.
+        graph: calls of this kind in a graph, which is then what is timed.
     """
 
     communicator: Communicator
     call: Callable[[], object]
     core: int | None = None
+    graph: Captured | None = None
+
+    def whole(self, calls: int) -> int:
+        """`calls`, rounded up to what whole replays make."""
+        return calls if self.graph is None else -(-calls // self.graph.calls) * self.graph.calls
 
     def place(self) -> AbstractContextManager[None]:
         """Where the turn runs."""
@@ -44,22 +51,46 @@ class Runner:
 
 
 def take_turn(runner: Runner, calls: int) -> list[float]:
-    """`calls` timed calls, in microseconds each, after a barrier and some uncounted ones. Collective.
+    """`calls` timed calls, in microseconds a call, after a barrier and some uncounted ones. Collective.
 
-    The uncounted ones meet a cold cache, and threads that have just been moved. On a GPU a call is timed until its result is
-    there.
+    The uncounted ones meet a cold cache, and threads that have just been moved. On the CPU each call is timed. On a GPU it is the
+    mean of all of them, launched back to back and waited for at the end, which is one number; in a graph it is the device time
+    of each replay, divided by its calls.
     """
-    call, clock = _until_done(runner), time.perf_counter_ns
-    stamps = [0] * (calls + 1)
     with runner.place():
         runner.communicator.barrier()
-        for _ in repeat(None, warm_up(calls)):
-            call()
-        stamps[0] = clock()
-        for i in range(1, calls + 1):
-            call()
-            stamps[i] = clock()
+        if runner.graph is not None:
+            replays = runner.whole(calls) // runner.graph.calls
+            runner.graph.time(warm_up(replays))
+            return runner.graph.time(replays)
+        return _back_to_back(runner, calls) if runner.communicator.key.device == "cuda" else _one_by_one(runner, calls)
+
+
+def _one_by_one(runner: Runner, calls: int) -> list[float]:
+    call, clock = runner.call, time.perf_counter_ns
+    stamps = [0] * (calls + 1)
+    for _ in repeat(None, warm_up(calls)):
+        call()
+    stamps[0] = clock()
+    for i in range(1, calls + 1):
+        call()
+        stamps[i] = clock()
     return [(b - a) / 1000 for a, b in pairwise(stamps)]
+
+
+def _back_to_back(runner: Runner, calls: int) -> list[float]:
+    import torch
+
+    call, clock = runner.call, time.perf_counter_ns
+    device = torch.device(runner.communicator.device)
+    for _ in repeat(None, warm_up(calls)):
+        call()
+    torch.cuda.synchronize(device)
+    begin = clock()
+    for _ in repeat(None, calls):
+        call()
+    torch.cuda.synchronize(device)
+    return [(clock() - begin) / 1000 / calls]
 
 
 def warm_up(calls: int) -> int:
@@ -71,7 +102,7 @@ def agree_on_calls(plane: Plane, runners: Sequence[Runner]) -> list[int]:
     """Calls that fill a turn of each runner, the same on every rank, from an uncounted first pass. Collective over all ranks."""
     estimates = [statistics.median(take_turn(runner, _MIN_CALLS)) / 1e6 for runner in runners]
     everyone = plane.gather([calls_for(e) for e in estimates], what="bench calibration")
-    return [min(rank[i] for rank in everyone) for i in range(len(runners))]
+    return [runner.whole(min(rank[i] for rank in everyone)) for i, runner in enumerate(runners)]
 
 
 def calls_for(seconds: float) -> int:
@@ -85,18 +116,3 @@ def p99(values: Sequence[float]) -> float:
     """The 99th percentile."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
-
-
-def _until_done(runner: Runner) -> Callable[[], object]:
-    device = runner.communicator.device
-    if not device.startswith("cuda"):
-        return runner.call
-    import torch
-
-    launch, wait = runner.call, torch.cuda.synchronize
-
-    def call() -> None:
-        launch()
-        wait(device)
-
-    return call

@@ -36,7 +36,7 @@ from commplane.bench import (
 from commplane.cli.launch import add_ranks_option, in_ranks, positive
 from commplane.cli.parse import DTYPE_ALIASES, parse_size
 from commplane.errors import CommplaneError, ConfigError, PluginError, UnsupportedOperation
-from commplane.runtime import Plane, init
+from commplane.runtime import Communicator, Plane, init
 
 __all__ = ["add_commands", "check"]
 
@@ -63,7 +63,18 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--hidden", type=positive, default=4096, help="last dimension for all_reduce_rms_norm, in elements (default 4096)"
     )
-    parser.add_argument("--backends", type=_names, metavar="LIST", help="to compare with torch (default all that are usable)")
+    parser.add_argument(
+        "--backends",
+        type=_names,
+        metavar="LIST",
+        help="to compare with torch, a name or name:algorithm (default all that are usable)",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="where the tensors are (default as the setting device)")
+    parser.add_argument(
+        "--graph",
+        action="store_true",
+        help="device time of a call in a replayed CUDA graph; what cannot be captured is left out and named",
+    )
     parser.add_argument(
         "--pin",
         choices=["on", "off", "both"],
@@ -138,6 +149,7 @@ def check(options: argparse.Namespace) -> None:
             "--collectives": options.collectives != [Collective.ALL_REDUCE],
             "--op": options.op != "sum",
             "--out-of-place": options.out_of_place,
+            "--graph": options.graph,
         }
         unfit = [name for name, given in others.items() if given]
         if unfit:
@@ -159,6 +171,8 @@ def _refuse_beside_startup(options: argparse.Namespace) -> None:
         "--dtypes": options.dtypes is not None,
         "--backends": options.backends is not None,
         "--pin": options.pin is not None,
+        "--device": options.device is not None,
+        "--graph": options.graph,
     }
     unfit = [name for name, given in others.items() if given]
     if unfit:
@@ -240,12 +254,40 @@ def _latency(options: argparse.Namespace, plane: Plane, _planes: ExitStack, prog
         hidden=options.hidden,
         out_of_place=options.out_of_place,
     )
-    formed = form(plane, options.backends, "bench")
+    formed = _formed(options, plane, "bench")
+    found = formed["torch"].key.device
+    if options.graph and found != "cuda":
+        raise ConfigError(f"bench: --graph replays CUDA graphs and wants a group on cuda, found {found}: add --device cuda")
     machine = describe(plane, formed.values(), options.argv)
-    rows = measure(plane, formed, todo, pin=options.pin, rounds=options.rounds, progress=progress)
-    if plane.rank == 0 and options.plot is not None:
+    without: list[str] = []
+    rows = measure(
+        plane,
+        formed,
+        todo,
+        pin=options.pin,
+        rounds=options.rounds,
+        graph=options.graph,
+        progress=progress,
+        left_out=without.append,
+    )
+    if plane.rank == 0 and options.plot is not None and rows:
         plot(rows, options.plot)
-    return machine, rows, table(rows)
+    text = "\n".join([table(rows), *(f"left out: {line}" for line in without)])
+    return machine | {"left_out": without}, rows, text
+
+
+def _formed(options: argparse.Namespace, plane: Plane, purpose: str) -> dict[str, Communicator]:
+    """The candidates of a run, on the device asked for, which is made the current one: this process is the user. Collective."""
+    import torch
+
+    if options.device == "cuda":
+        without = [r for r, there in enumerate(plane.gather(torch.cuda.is_available(), what="bench device")) if not there]
+        if without:
+            raise ConfigError(f"bench: --device cuda wants a GPU that torch sees on each rank, found none on ranks {without}")
+    formed = form(plane, options.backends, purpose, options.device)
+    if formed["torch"].key.device == "cuda":
+        torch.cuda.set_device(formed["torch"].device)
+    return formed
 
 
 def _overhead(options: argparse.Namespace, plane: Plane, planes: ExitStack, progress: Progress) -> Answer:
@@ -263,9 +305,9 @@ def _overhead(options: argparse.Namespace, plane: Plane, planes: ExitStack, prog
         both = {True: plane, False: planes.enter_context(init(config={"flight_records": 0}))}
     subjects = []
     for recorded, p in both.items():
-        formed = form(p, options.backends, "overhead")
+        formed = _formed(options, p, "overhead")
         subjects += [Subject(name, comm, recorded) for name, comm in formed.items()]
-        subjects.append(Subject(NULL, form_null(p), recorded))
+        subjects.append(Subject(NULL, form_null(p, options.device), recorded))
     communicators = [s.communicator for s in subjects]
     machine = describe(plane, [s.communicator for s in subjects if s.backend != NULL], options.argv)
     pin = options.pin or ("on" if True in pinnings(plane, communicators, None) else "off")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from commplane.agree import StoreBootstrap, build_backend, close_backend, joint_verdict, own_options, probe_all, setback
 from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, Facts, GroupKey, ProbeRequest
@@ -25,7 +26,8 @@ class Formation:
         facts: of all ranks.
         key: the group.
         device: of this process for this group.
-        wanted: backends asked for by name, in the order of preference; empty for the order of priority.
+        request: what the caller asked for, compared with the other ranks' as JSON: ``backends`` by name, in the order of
+            preference, empty for the order of priority; and ``options``, where `config` has been changed for this communicator.
         bootstrap: control plane of the communicator.
         who: how errors of this rank begin.
     """
@@ -37,7 +39,7 @@ class Formation:
         facts: Facts,
         key: GroupKey,
         device: str,
-        wanted: Sequence[str],
+        request: Mapping[str, Any],
         bootstrap: StoreBootstrap,
         who: str,
     ) -> None:
@@ -46,7 +48,7 @@ class Formation:
         self._facts = facts
         self._key = key
         self._device = device
-        self._wanted = list(wanted)
+        self._request = dict(request)
         self._bootstrap = bootstrap
         self._who = who
 
@@ -67,7 +69,7 @@ class Formation:
         )
         mine = {
             # Name, ranks and device are in the keys of this control plane: with another list a rank would not meet us here.
-            "request": {"backends": self._wanted},
+            "request": self._request,
             "backends": verdicts,
             "policy": self._plugins.has_policy,
         }
@@ -172,7 +174,7 @@ class Formation:
         if self._bootstrap.rank != 0:
             return
         for c in plan.candidates:
-            if not c.ready and c.name in self._wanted:
+            if not c.ready and c.name in self._request["backends"]:
                 hosts = self._facts.describe_hosts(plan.key.ranks)
                 warnings.warn(
                     f"backend {c.name!r} was asked for but communicator {plan.key} ({hosts}) runs on "

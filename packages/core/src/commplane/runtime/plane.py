@@ -174,6 +174,7 @@ class Plane:
         *,
         device: str | None = None,
         backends: Sequence[str] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Communicator:
         """Agree, build, prove and commit one communicator. Collective over `ranks`; other ranks do not take part.
 
@@ -184,9 +185,12 @@ class Plane:
             ranks: global ranks in group order, the same on every one of them. If unset, all ranks.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``. If unset, the setting ``device``.
             backends: names in the order of preference, instead of the setting ``backends``. ``torch`` is always last.
+            options: backends' own settings by name that differ for this communicator, such as
+                ``{"torch_symm": {"algorithm": "one_shot"}}``; the same on every rank.
 
         Raises:
             AgreementError: the ranks asked for different things, shown in the text.
+            ConfigError: an option that no backend has, or of another type.
             PluginError: a backend asked for by name is not installed or broken.
             SelectionError: no backend is left; the reason of each is in the text.
             PeerError: ranks are missing at the deadline.
@@ -207,7 +211,7 @@ class Plane:
             with self._activity.forming(Forming(key, instance, bootstrap.first_decision)):
                 try:
                     self.plugins.require(wanted)
-                    plan, built, attempts = self._formation(key, where, wanted, bootstrap).run()
+                    plan, built, attempts = self._formation(key, where, wanted, bootstrap, options or {}).run()
                 except Exception as error:
                     # If it happened on this rank alone, the others are told in the round that they wait in.
                     bootstrap.fail(setback(error).text)
@@ -253,10 +257,21 @@ class Plane:
             dead=self._dead,
         )
 
-    def _formation(self, key: GroupKey, device: str, wanted: Sequence[str], bootstrap: StoreBootstrap) -> Formation:
+    def _formation(
+        self,
+        key: GroupKey,
+        device: str,
+        wanted: Sequence[str],
+        bootstrap: StoreBootstrap,
+        options: Mapping[str, Mapping[str, Any]],
+    ) -> Formation:
         """One attempt to form a communicator. Local."""
         who = f"[{key.purpose} rank {bootstrap.rank}/{len(key.ranks)}]"
-        return Formation(self.plugins, self.config, self.facts, key, device, wanted, bootstrap, who)
+        config = self.config.changed(options)
+        request = {"backends": list(wanted)}
+        if options:
+            request["options"] = {b: {o: config.options[b][o] for o in given} for b, given in sorted(options.items())}  # type: ignore[assignment]
+        return Formation(self.plugins, config, self.facts, key, device, request, bootstrap, who)
 
     def agree(self, name: str) -> tuple[str, ...]:
         """What a communicator of that name over all ranks would be built of, in order, without building it. Collective.
@@ -266,7 +281,7 @@ class Plane:
         self._open("agree")
         key = GroupKey(tuple(range(self.world_size)), _device(self.config.device).partition(":")[0], name)
         _, bootstrap = self._meeting(key)
-        return self._formation(key, key.device, self.config.backends, bootstrap).agree().order
+        return self._formation(key, key.device, self.config.backends, bootstrap, {}).agree().order
 
     def sync_round(self, name: str, ranks: Sequence[int] | None = None) -> SyncRound:
         """A round of votes over `ranks`, with the fields that plugins registered as cache sync. Collective over `ranks`.
