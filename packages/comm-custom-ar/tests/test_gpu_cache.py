@@ -61,6 +61,7 @@ def test_the_order_of_ranks_makes_no_difference() -> None:
         "[]",
         "{}",
         '{"key": {}}',
+        '{"key": {}, "proof": PROOF, "when": 1}',
         '{"key": KEY}',
         '{"key": KEY, "proof": {}, "when": 1}',
         '{"key": KEY, "proof": 3, "when": 1}',
@@ -69,7 +70,7 @@ def test_the_order_of_ranks_makes_no_difference() -> None:
 def test_a_broken_file_is_ignored_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
     cache.remember(ABOUT, HOLDS, tmp_path)
     (path,) = tmp_path.iterdir()
-    path.write_text(text.replace("KEY", json.dumps(ABOUT)))
+    path.write_text(text.replace("KEY", json.dumps(ABOUT)).replace("PROOF", json.dumps(HOLDS.to_json())))
     assert cache.recall(ABOUT, 15.0, tmp_path) is None
     assert str(path) in caplog.text
     assert "is ignored, and the GPUs are tried again" in caplog.text

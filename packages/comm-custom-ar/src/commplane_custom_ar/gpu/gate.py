@@ -226,12 +226,11 @@ def _proof(
     uuids = [d.uuid for d in devices]
     seconds = bootstrap.broadcast(context.deadline.remaining() * _SHARE_OF_DEADLINE, what="P2P proof: time")
     about = cache.key(uuids, [d.driver for d in devices], [d.mps for d in devices], places)
-    folder = sources.folder() if bootstrap.rank == 0 else None
+    folder = sources.folder() if bootstrap.rank == 0 else None  # the other ranks neither read nor write
     known = cache.recall(about, seconds, folder)
     remembered = bootstrap.broadcast(known and known.to_json(), what="P2P proof: known")
     if remembered is not None:
         return Proof.from_json(remembered)
     proof = sources.prove(bootstrap, uuids, ordinal=devices[bootstrap.rank].ordinal, library=library, seconds=seconds)
-    if bootstrap.rank == 0:
-        cache.remember(about, proof, folder)
+    cache.remember(about, proof, folder)
     return proof
