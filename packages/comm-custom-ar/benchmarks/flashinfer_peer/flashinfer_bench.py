@@ -25,6 +25,7 @@ from commplane.api import (
     Facts,
     ProbeRequest,
     ReduceOp,
+    SizeRange,
     Unusable,
     Usable,
     Verdict,
@@ -54,7 +55,7 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
     return [
         BackendSpec(
             name="flashinfer_bench",
-            api=(1, 0),
+            api=(1, 2),
             factory="flashinfer_bench:FlashInferAllReduce",
             probe="flashinfer_bench:probe",
             capabilities={Capability.ALL_REDUCE, Capability.CAPTURE},
@@ -107,6 +108,11 @@ def plan_shape(count: int, world_size: int, one_shot: bool) -> tuple[int, int, b
         if fit is not None:
             return whole // fit, fit, False
     return whole // fitting[0], fitting[0], True
+
+
+def one_shot_limit(algorithm: str, most: int, world_size: int) -> int:
+    """The largest message in bytes that goes by one-shot, 0 for none, where `most` is the largest of all. Pure."""
+    return {"auto": min(_ONE_SHOT_BYTES[world_size], most), "one_shot": most, "two_shot": 0}[algorithm]
 
 
 class _Exchange:
@@ -204,6 +210,14 @@ class FlashInferAllReduce(CommBackend):
             workspace.destroy()
             workspace._internal_workspace = None
 
+    def ranges(self, collective: Collective, dtype: str, capturing: bool = False) -> list[SizeRange]:
+        """Up to the setting ``max_bytes``, and where the algorithm changes. Local; from settings, equal on all ranks."""
+        limit = one_shot_limit(self._context.options["algorithm"], self._most, self._context.world_size)
+        if limit == 0:
+            return [SizeRange(0, self._most + 1, "two_shot")]
+        larger = [SizeRange(limit + 1, self._most + 1, "two_shot")] if limit < self._most else []
+        return [SizeRange(0, limit + 1, "one_shot"), *larger]
+
     def capture_end(self, bootstrap: Bootstrap) -> None:
         """Nothing to exchange: kernels on memory that is mapped already."""
 
@@ -236,8 +250,8 @@ class FlashInferAllReduce(CommBackend):
             trigger_completion_at_end=True,  # False with a one-shot lets the next kernel read what is not there yet
             fp32_acc=True,
         )
-        algorithm, world_size, device = context.options["algorithm"], context.world_size, torch.device(context.device)
-        limit = {"auto": _ONE_SHOT_BYTES[world_size], "one_shot": most, "two_shot": 0}[algorithm]
+        world_size, device = context.world_size, torch.device(context.device)
+        limit = one_shot_limit(context.options["algorithm"], most, context.world_size)
 
         def reduce(dense: torch.Tensor, out: torch.Tensor) -> None:
             tokens, hidden, one_shot = plan_shape(dense.numel(), world_size, dense.nbytes <= limit)

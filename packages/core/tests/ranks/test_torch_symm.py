@@ -21,6 +21,7 @@ from commplane.backends.torch_symm import (
     padded,
     parse,
     pieces,
+    size_ranges,
     staging_bytes,
 )
 from commplane.errors import CommunicatorError, ConfigError, UnsupportedOperation
@@ -140,6 +141,14 @@ def test_one_shot_is_for_small_messages_and_the_smaller_the_more_ranks_there_are
     limits = [one_shot_limit("auto", n) for n in symm_probe.WORLD_SIZES]
     assert limits[0] == 64 << 10 and limits == sorted(limits, reverse=True) and limits[-1] > 0
     assert one_shot_limit("two_shot", 2) == 0 and one_shot_limit("one_shot", 8) > 1 << 40
+
+
+def test_the_plan_is_told_where_the_algorithm_changes() -> None:
+    def shown(algorithm: str) -> list[tuple[int, int | None, str]]:
+        return [(r.low, r.high, r.algorithm) for r in size_ranges(one_shot_limit(algorithm, 2))]
+
+    assert shown("auto") == [(0, 65537, "one_shot"), (65537, None, "two_shot")]
+    assert shown("one_shot") == [(0, None, "one_shot")] and shown("two_shot") == [(0, None, "two_shot")]
 
 
 def test_group_names_differ_between_communicators_of_one_purpose() -> None:

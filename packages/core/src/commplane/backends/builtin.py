@@ -63,7 +63,7 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
         ),
         BackendSpec(
             name="torch_symm",
-            api=(1, 0),
+            api=(1, 2),
             factory="commplane.backends.torch_symm:TorchSymmetricMemory",
             probe="commplane.backends.symm_probe:probe",
             capabilities={Capability.ALL_REDUCE, Capability.SYMMETRIC_MEMORY, Capability.CAPTURE},

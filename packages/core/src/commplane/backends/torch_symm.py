@@ -26,6 +26,7 @@ from commplane.api import (
     CommBackend,
     ReduceOp,
     Requirement,
+    SizeRange,
     Workspace,
     refuse_overlap,
 )
@@ -33,7 +34,16 @@ from commplane.backends.symm_memory import SymmetricGroup, require_peers
 from commplane.errors import CommunicatorError, ConfigError, UnsupportedOperation
 from commplane.tracer import without_data
 
-__all__ = ["StagingWorkspace", "TorchSymmetricMemory", "one_shot_limit", "padded", "parse", "pieces", "staging_bytes"]
+__all__ = [
+    "StagingWorkspace",
+    "TorchSymmetricMemory",
+    "one_shot_limit",
+    "padded",
+    "parse",
+    "pieces",
+    "size_ranges",
+    "staging_bytes",
+]
 
 _weak_reference: Any = StorageWeakRef  # untyped in torch
 
@@ -76,6 +86,16 @@ def one_shot_limit(algorithm: str, world_size: int) -> int:
     if algorithm == "auto":
         return _ONE_SHOT_BYTES // (world_size - 1)
     return 0 if algorithm == "two_shot" else 1 << 62
+
+
+def size_ranges(one_shot_bytes: int) -> list[SizeRange]:
+    """All sizes, each with the algorithm that it takes where it is a multiple of `VECTOR` bytes. Pure."""
+    ends = one_shot_bytes + 1
+    if ends == 1:
+        return [SizeRange(0, None, "two_shot")]
+    if one_shot_bytes >= 1 << 62:
+        return [SizeRange(0, None, "one_shot")]
+    return [SizeRange(0, ends, "one_shot"), SizeRange(ends, None, "two_shot")]
 
 
 def parse(who: str, options: Any) -> tuple[str, int]:
@@ -132,6 +152,10 @@ class TorchSymmetricMemory(CommBackend):
         require_peers(context)
         self._group = SymmetricGroup(context)
         self._staging = self._group.allocate(min(_INITIAL_STAGING, self._most), context.bootstrap, "staging")
+
+    def ranges(self, collective: Collective, dtype: str, capturing: bool = False) -> list[SizeRange]:
+        """All sizes, so that the plan shows where the algorithm changes. Local; from settings, equal on all ranks."""
+        return size_ranges(self._one_shot_bytes)
 
     def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
         """Staging for what the largest message needs, up to the setting ``max_bytes``. Collective."""
