@@ -11,7 +11,7 @@ from commplane.api import Capability, Collective, Facts, GroupKey, Numerics, Pro
 from commplane.api.facts import RankFacts
 from commplane.backends import symm_probe
 from commplane.backends.builtin import commplane_register_comm_backends
-from commplane.backends.symm_memory import conflict, group_name
+from commplane.backends.symm_memory import conflict, group_name, out_of_step
 from commplane.backends.torch_symm import (
     VECTOR,
     StagingWorkspace,
@@ -164,6 +164,14 @@ def test_devices_that_cannot_be_one_group_are_named_with_their_global_ranks() ->
     assert hidden is not None and "ranks 4 and 6 both call theirs cuda:0" in hidden
     old = conflict([("u0", 0, new), ("u1", 1, (7, 5))], (4, 6))
     assert old is not None and "8.0 or newer, rank 6 has one of 7.5" in old
+
+
+def test_ranks_that_exchanged_handles_unequally_are_named_before_torch_waits_for_ever() -> None:
+    assert out_of_step([[2, None], [2, None]], (4, 6)) is None
+    uneven = out_of_step([[2, None], [1, None]], (4, 6))
+    assert uneven is not None and "found rank 4 2, rank 6 1" in uneven
+    failed = out_of_step([[2, None], [2, "no memory"]], (4, 6))
+    assert failed is not None and "one failed on rank 6: no memory" in failed
 
 
 def test_staging_goes_over_to_the_backend_when_it_is_committed_and_nowhere_before() -> None:

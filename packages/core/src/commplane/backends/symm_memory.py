@@ -13,9 +13,33 @@ import torch.distributed as dist
 from commplane.api import Bootstrap, BuildContext
 from commplane.errors import CommunicatorError, UnsupportedOperation
 
-__all__ = ["SymmetricGroup", "conflict", "group_name", "require_peers"]
+__all__ = ["SymmetricGroup", "conflict", "group_name", "out_of_step", "require_peers"]
 
 _OLDEST_CAPABILITY = (8, 0)  # torch's kernels add bfloat16 with an instruction that came with it
+
+
+# Exchanges of handles that this process took part in. torch numbers the keys of an exchange in each process, for all groups
+# together: ranks that took part in different numbers of them would wait for keys that nobody writes.
+_exchanges: list[str] = []
+
+
+def out_of_step(exchanges: list[list[object]], ranks: tuple[int, ...]) -> str | None:
+    """Why torch cannot exchange handles in this group any more, or None. Pure.
+
+    Args:
+        exchanges: in group order, how many exchanges each rank took part in, and the last one that failed there or None.
+        ranks: global ranks in group order.
+    """
+    failed = next(((rank, said[1]) for rank, said in zip(ranks, exchanges, strict=True) if said[1] is not None), None)
+    if failed is not None:
+        return f"wanted ranks whose exchanges of handles all succeeded, one failed on rank {failed[0]}: {failed[1]}: start again"
+    if len({str(said[0]) for said in exchanges}) > 1:
+        counts = ", ".join(f"rank {rank} {said[0]}" for rank, said in zip(ranks, exchanges, strict=True))
+        return (
+            f"wanted ranks that exchanged handles equally often, because torch counts that in each process, found {counts}: "
+            f"create groups in which all ranks take part equally"
+        )
+    return None
 
 
 def group_name(purpose: str, token: str) -> str:
@@ -94,6 +118,7 @@ class SymmetricGroup:
         self._native: Any = _SymmetricMemory
         self._device = device
         self._who = context.who
+        self._ranks = context.ranks
         self._require_plain_memory()
         token = context.bootstrap.broadcast(uuid.uuid4().hex, src=0, what="symmetric memory: name of the group")
         self.name = group_name(context.key.purpose, token)
@@ -134,8 +159,18 @@ class SymmetricGroup:
             torch.cuda.synchronize(self._device)  # a peer's first write must not be overtaken by the zeros
         except RuntimeError as error:  # out of memory, mostly
             raise CommunicatorError(f"{self._who} {what} of {nbytes} bytes: {str(error).splitlines()[0]}") from error
-        bootstrap.barrier(what=f"symmetric memory: {what}")
-        handle = self._native.rendezvous(memory, self.name)
+        failed = next((text for text in _exchanges if text), None)
+        said = bootstrap.all_gather([len(_exchanges), failed], what=f"symmetric memory: {what}")
+        reason = out_of_step(said, self._ranks)
+        if reason is not None:
+            raise UnsupportedOperation(f"{self._who} {what}: {reason}")
+        try:
+            handle = self._native.rendezvous(memory, self.name)
+        except RuntimeError as error:
+            text = str(error).splitlines()[0]
+            _exchanges.append(text)
+            raise CommunicatorError(f"{self._who} {what}: torch could not exchange handles: {text}") from error
+        _exchanges.append("")
         if handle is None or handle.multicast_ptr:
             found = "nothing" if handle is None else "memory with a multicast mapping"
             raise CommunicatorError(f"{self._who} {what}: wanted memory that all ranks map, found {found}: use another backend")
