@@ -46,7 +46,13 @@ static int gpus(char names[MOST][32]) {
   return count;
 }
 
-/* Number by PCI bus id of the GPU that CUDA numbers so, of those that CUDA_VISIBLE_DEVICES (numbers alone) leaves; -1 for none. */
+/* Of an entry in CUDA_VISIBLE_DEVICES: a number, or a UUID of which two digits are enough here. */
+static int entry(const char *text) {
+  if (!strncmp(text, "GPU-", 4)) return (int)strtol((char[]){text[4], text[5], 0}, NULL, 16) - 0xa0;
+  return *text ? atoi(text) : -1;
+}
+
+/* Number by PCI bus id of the GPU that CUDA numbers so, of those that CUDA_VISIBLE_DEVICES leaves; -1 for none. */
 static int numbered(int ordinal) {
   char names[MOST][32], list[128], *rest = list;
   int count = gpus(names), at = 0;
@@ -55,7 +61,7 @@ static int numbered(int ordinal) {
     snprintf(list, sizeof list, "%s", shown);
     int found = -1;
     for (char *one; (one = strsep(&rest, ",")) != NULL; at++)
-      if (at == ordinal) found = *one ? atoi(one) : -1;
+      if (at == ordinal) found = entry(one);
     ordinal = found;
   }
   if (ordinal < 0 || ordinal >= count) return -1;

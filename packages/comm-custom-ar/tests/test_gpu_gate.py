@@ -51,7 +51,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 def context_of(bootstrap: StoreBootstrap, device: str) -> BuildContext:
     key = GroupKey(tuple(bootstrap.ranks), "cuda", "tp")
-    return BuildContext("custom_ar", key, bootstrap.rank, device, bootstrap, Facts(()), Deadline(100.0), 60.0, {})
+    return BuildContext("custom_ar", key, bootstrap.rank, device, bootstrap, Facts(()), Deadline(30.0), 60.0, {})
 
 
 def on_machine(
@@ -259,7 +259,7 @@ def asks_the_gate(store: Any, rank: int, world_size: int) -> dict[str, Any]:
     ("devices", "settings", "wanted"),
     [
         (["1,0", "0"], {}, {"error": "cuda:1 does not exist: this process sees 1 devices (CUDA_VISIBLE_DEVICES is '0')"}),
-        (["1", "0,1"], {"STANDIN_MPS": "1"}, {"kind": "shared"}),
+        (["GPU-a1a1", "0,1"], {"STANDIN_MPS": "1"}, {"kind": "shared"}),
     ],
 )
 def test_processes_that_find_these_libraries_come_to_one_answer(
