@@ -228,10 +228,10 @@ class Scripts:
 
 
 class ScriptedHost(PluginHost):
-    """Without torch's backend, whose transport waits by no clock but the real one."""
+    """Without torch's backends, whose transports wait by no clock but the real one."""
 
     def backends(self, device: str | None = None) -> Any:
-        return {name: entry for name, entry in super().backends(device).items() if name != "torch"}
+        return {name: entry for name, entry in super().backends(device).items() if entry.plugin != "torch"}
 
 
 _HOSTS: dict[tuple[int, int, frozenset[str], frozenset[str]], ScriptedHost] = {}

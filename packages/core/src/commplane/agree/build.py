@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from commplane.agree.bootstrap import PeerFailed, StoreBootstrap
 from commplane.agree.bounded import Abandoned, Stalled, call_bounded
+from commplane.agree.device import on_device, on_device_if_possible
 from commplane.api import BackendSpec, BuildContext, CommBackend
 from commplane.errors import AgreementError, CommplaneError, PeerError
 from commplane.notice import notice
@@ -106,15 +107,20 @@ def build_backend(
 
     def release() -> None:
         for backend in holder:
-            close_backend(spec.name, backend)
+            close_backend(spec.name, backend, context.device)
 
     def open_it() -> None:
-        backend = make()
-        holder.append(backend)
-        backend.open(context)
-        offers.extend(ask(spec, backend))
+        with on_device(context.device):
+            backend = make()
+            holder.append(backend)
+            backend.open(context)
+            offers.extend(ask(spec, backend))
 
-    for state, step in (("build", open_it), ("canary", lambda: check(spec, holder[0], context))):
+    def prove_it() -> None:
+        with on_device(context.device):
+            check(spec, holder[0], context)
+
+    for state, step in (("build", open_it), ("canary", prove_it)):
         problem: Setback | None = None
         running = False
         try:
@@ -160,9 +166,10 @@ def abort_backend(name: str, holder: list[CommBackend]) -> None:
             notice(f"abort of backend {name!r} raised {error!r}")
 
 
-def close_backend(name: str, backend: CommBackend) -> None:
+def close_backend(name: str, backend: CommBackend, device: str) -> None:
     """Close; what a plugin raises here is a warning, because the caller is already leaving. Local."""
     try:
-        backend.close()
+        with on_device_if_possible(device):
+            backend.close()
     except Exception as error:
         notice(f"close of backend {name!r} raised {error!r}")

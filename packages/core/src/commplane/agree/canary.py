@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from commplane.agree.device import settle
 from commplane.api import BackendSpec, BuildContext, Capability, Collective, CommBackend, ReduceOp
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> Non
                 for salt in (0, 1):
                     for what, got, wanted in _run(backend, context, collective, op, dtype, salt):
                         _compare(f"{what} of {name}", got, wanted, op, context)
+    settle(context.device)  # nothing of it runs on beside the first call of the user, whose stream is another
 
 
 def _values(context: BuildContext, dtype: torch.dtype, salt: int) -> Tensor:
@@ -126,6 +128,7 @@ def _check_norm(backend: CommBackend, context: BuildContext, dtype: torch.dtype,
     what = f"all_reduce_rms_norm with eps {eps:g} and weight_bias {weight_bias:g} of {str(dtype).removeprefix('torch.')}"
     inputs = rows[context.rank].clone(), residual.clone(), weight.clone()
     got, total = backend.all_reduce_rms_norm(*inputs, eps, weight_bias)
+    settle(context.device)
     _compare(f"the residual of {what}", total, new, None, context)
     for name, after, before in zip(("tensor", "residual", "weight"), inputs, (rows[context.rank], residual, weight), strict=True):
         if not torch.equal(after, before):
@@ -146,6 +149,8 @@ def _check_norm(backend: CommBackend, context: BuildContext, dtype: torch.dtype,
 
 
 def _compare(what: str, got: Tensor, wanted: Tensor, op: ReduceOp | None, context: BuildContext) -> None:
+    # A backend may write on a stream of its own; that it should have been waited for is not what is asked here.
+    settle(context.device)
     # Only a mean of integers may need rounding, and then within the precision of the dtype it is held in.
     tolerance = torch.finfo(got.dtype).eps * 8 if op is ReduceOp.AVG else 0.0
     wide, wanted = got.double(), wanted.double()

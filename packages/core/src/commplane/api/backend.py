@@ -96,6 +96,9 @@ class CommBackend(ABC):
     """One backend, opened for one group on one rank.
 
     Threads: `open` and the canary run in a thread of their own; afterwards calls come from one thread at a time.
+    Device: for a group on CUDA, its device is the thread's current one in `open`, `ranges`, the canary, `init_workspace`,
+    `empty`, `capture_begin`, `capture_end` and `close`. In a call and in `abort` it is whatever the caller has: launch by the
+    tensor's device.
     Ownership: tensors passed in belong to the caller again as soon as the call returns.
     Errors: `PeerError` when peers are missing at the deadline, `MismatchError` when ranks called with different arguments,
     `UnsupportedOperation` for anything not served. Never a silent no-op.

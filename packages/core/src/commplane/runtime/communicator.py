@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from commplane.agree import StoreBootstrap, abort_backend, close_backend
+from commplane.agree import StoreBootstrap, abort_backend, close_backend, on_device, on_device_if_possible
 from commplane.api import Capability, CommBackend, GroupKey, refuse_overlap
 from commplane.errors import AgreementError, CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
 from commplane.flight import GroupFlight
@@ -260,7 +260,10 @@ class Communicator:
         """
         self.check_usable("prepare")
         try:
-            self._memory.prepare(collective, dtype, max_bytes, lambda needs: self._host.init_workspace(self, needs), self.poison)
+            with on_device(self.device):
+                self._memory.prepare(
+                    collective, dtype, max_bytes, lambda needs: self._host.init_workspace(self, needs), self.poison
+                )
         finally:
             self._live.clear()  # backends are bound anew, to what they have now
             self._in_captures.clear()
@@ -276,7 +279,8 @@ class Communicator:
             dtype: same on every rank; if unset, torch's default.
         """
         self.check_usable("empty")
-        return self._memory.empty(shape, dtype, self.poison)
+        with on_device(self.device):
+            return self._memory.empty(shape, dtype, self.poison)
 
     def compare(self, what: str, value: Mapping[str, Any]) -> None:
         """Raise on every rank if `value`, a JSON object, is not equal on all of them. Collective, over the control plane.
@@ -309,8 +313,9 @@ class Communicator:
         self._capturing = True
         self._host.notify("commplane_capture_begin", communicator=self)
         if self.captures:
-            for backend, _ in self._capturing_backends():
-                backend.capture_begin()
+            with on_device(self.device):
+                for backend, _ in self._capturing_backends():
+                    backend.capture_begin()
             self._table = RecordingTable(self._in_captures)
 
     def _capture_end(self, error: BaseException | None) -> CaptureError | None:
@@ -321,16 +326,17 @@ class Communicator:
             records = self._table.records if isinstance(self._table, RecordingTable) else []
             if self._fault is None:
                 self._table = self._live
-            outcome = agree_on_capture(
-                self.who,
-                self._bootstrap,
-                self._joint,
-                self._capturing_backends(),
-                self._startup_timeout,
-                records,
-                error,
-                self.poison,
-            )
+            with on_device_if_possible(self.device):  # the vote has to be come to
+                outcome = agree_on_capture(
+                    self.who,
+                    self._bootstrap,
+                    self._joint,
+                    self._capturing_backends(),
+                    self._startup_timeout,
+                    records,
+                    error,
+                    self.poison,
+                )
         self._host.notify("commplane_capture_end", communicator=self, error=error or outcome)
         return outcome
 
@@ -396,9 +402,10 @@ class Communicator:
         self._closed = True
         self._table = DeadTable(lambda: CommunicatorError(f"{self.who} is closed: create it again to go on"))
         self._flight.close()
-        self._memory.close()
+        with on_device_if_possible(self.device):
+            self._memory.close()
         for name, backend in self._named.items():
-            close_backend(name, backend)
+            close_backend(name, backend, self.device)
         self._on_close(self)
         self._host.notify("commplane_communicator_closed", communicator=self)
 

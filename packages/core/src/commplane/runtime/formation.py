@@ -155,7 +155,7 @@ class Formation:
                 )
         except BaseException:
             for name, backend in built.items():
-                close_backend(name, backend)
+                close_backend(name, backend, self._device)
             raise
         return plan, built, attempts
 

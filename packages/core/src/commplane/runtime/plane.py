@@ -235,7 +235,7 @@ class Plane:
         except BaseException:  # the store was lost, or this rank interrupted, after the group had been formed
             for backend_name, backend in built.items():
                 abort_backend(backend_name, [backend])
-                close_backend(backend_name, backend)
+                close_backend(backend_name, backend, where)
             raise
         self.plugins.notify("commplane_plan_committed", communicator=out)
         return out
@@ -420,4 +420,7 @@ def _device(name: str) -> str:
     if name == "auto" and not torch.cuda.is_available():
         return "cpu"
     local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local if local is not None else torch.cuda.current_device()}"
+    if local is None:
+        return f"cuda:{torch.cuda.current_device()}"
+    # A launcher may show each rank one GPU only, and several ranks may share one.
+    return f"cuda:{int(local) % max(1, torch.cuda.device_count())}"
