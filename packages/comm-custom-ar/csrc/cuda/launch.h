@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The kernels as functions of the host. Each returns what the launch returned. dtype is the number of the C interface.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+namespace car {
+namespace gpu {
+
+struct Group;
+struct Norm;
+
+struct Launch {
+    cudaStream_t stream;
+    uint32_t blocks;
+    uint32_t threads;  // that move data: a multiple of 32, at most 512
+    bool early;        // programmatic dependent launch: the blocks are brought up while the kernel before is still running
+};
+
+// Where every rank's tensor lies: `table` in device memory if it is not null (filled in after a capture), else `direct`.
+struct Row {
+    void* const* table;
+    void* direct[8];
+};
+
+// A tile of the ring has at most this many vectors for each thread that sends, half of the threads.
+constexpr int ring_unroll(uint32_t ranks) { return ranks <= 2 ? 4 : ranks <= 4 ? 2 : 1; }
+
+// `few`: a thread has at most one vector.
+cudaError_t launch_one_shot_push(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned, bool few);
+cudaError_t launch_one_shot_ring(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned);
+cudaError_t launch_one_shot_tiled(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned);
+cudaError_t launch_two_shot_tiled(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned);
+cudaError_t launch_one_shot_pull(const Launch&, const Group&, int dtype, const Row& row, void* out, uint64_t count);
+cudaError_t launch_two_shot_pull(const Launch&, const Group&, int dtype, const Row& row, uint64_t count);
+cudaError_t launch_all_gather(const Launch&, const Group&, const void* in, void* out, uint64_t bytes, bool aligned);
+cudaError_t launch_reduce_scatter(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned);
+cudaError_t launch_broadcast(const Launch&, const Group&, void* data, uint64_t bytes, bool aligned, uint32_t root);
+cudaError_t launch_barrier(const Launch&, const Group&);
+cudaError_t launch_all_reduce_rms_norm(const Launch&, const Group&, int dtype, const void* in, const Norm&);
+cudaError_t launch_add_rms_norm(const Launch&, int dtype, const void* total, const Norm&, bool aligned);
+
+// For the proof that GPUs reach each other: word i is value + i.
+cudaError_t launch_poke(void* at, uint64_t words, uint32_t value);
+cudaError_t launch_peek(const void* at, uint64_t words, uint32_t value, unsigned long long* wrong);
+
+// An error text if this device has no code in the library; null if it has.
+const char* missing_code();
+
+}  // namespace gpu
+}  // namespace car

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One block's part in one call: where its slots are, what it says to the same block of the other ranks, and how it waits for them.
+//
+// A block only ever talks to the block of the same number on the other ranks, so blocks need no order among themselves. Its state,
+// a number of calls and a number of tiles, lies in device memory and not in the arguments: a replayed graph goes on where the
+// last call stopped, and replays and calls mix.
+//
+// Lamport slots hold kEmpty wherever nothing has arrived: the data is its own flag. kEmpty is a NaN in every dtype that is summed
+// (as float32, and as either half of a word), so no number is taken for it; a NaN that happens to have its bits is sent with
+// others. Slots alternate with the parity of the block's calls: a rank that writes to a slot for the second time has heard from
+// the peer in the call between, which the peer began after the kernel that emptied the slot had ended.
+#pragma once
+
+#include "machine.h"
+
+namespace car {
+namespace gpu {
+
+CAR_FN bool has_empty(const Vec& v) {
+    return v.w[0] == kEmpty || v.w[1] == kEmpty || v.w[2] == kEmpty || v.w[3] == kEmpty;
+}
+
+// The same numbers without the bits of kEmpty.
+CAR_FN Vec without_empty(Vec v) {
+    CAR_UNROLL
+    for (int i = 0; i < 4; ++i) v.w[i] = v.w[i] == kEmpty ? 0xfffffffeu : v.w[i];
+    return v;
+}
+
+// The rest of a wait is out of line, and takes values only: a thread that waits keeps what it knows in registers.
+#if defined(__CUDACC__)
+#define CAR_SLOW static __device__ __noinline__
+#else
+#define CAR_SLOW inline
+#endif
+
+CAR_SLOW void give_up(const Group& g, uint32_t number, uint32_t status) {
+    ControlRank& mine = g.control->rank[g.rank];
+    store_relaxed(&mine.number, number);
+    for (uint32_t i = 0; i < kCallWords; ++i) store_relaxed(&mine.mine[i], g.call[i]);
+    // Threads may come here for several reasons. That others stopped is the least of them.
+    if (status != kStopped || load_relaxed(&mine.status) == 0) store_release(&mine.status, status);
+    store_release(&g.control->stop, 1);
+}
+
+// Whether rank `r` called what is called here, by its words.
+CAR_SLOW bool same_call(const Group& g, const Vec& heard, uint32_t calls, uint32_t r) {
+    if (heard.w[0] == g.call[0] && heard.w[1] == g.call[1] && heard.w[2] == g.call[2] && heard.w[3] == (calls & 0x7fffffffu)) return true;
+    ControlRank& mine = g.control->rank[g.rank];
+    for (uint32_t i = 0; i < kCallWords; ++i) store_relaxed(&mine.theirs[r][i], heard.w[i]);
+    store_relaxed(&mine.other[r], 1);
+    give_up(g, calls + 1, kOtherCall);
+    return false;
+}
+
+// Since when this wait lasts, or 0 if it is over in vain.
+CAR_SLOW uint64_t wait_slowly(const Group& g, const Vec* mail, uint32_t calls, uint32_t r, uint64_t since) {
+    // Perhaps what is waited for will never come, because the peer does something else.
+    const Vec heard = load_shared(mail);
+    if (!has_empty(heard) && !same_call(g, heard, calls, r)) return 0;
+    const uint64_t now = now_ns();
+    if (since == 0) since = now;
+    const bool stopped = load_relaxed(&g.control->stop) != 0;
+    if (!stopped && now - since < g.timeout_ns) return since;
+    store_relaxed(&g.control->rank[g.rank].missing[r], 1);
+    give_up(g, calls + 1, stopped ? kStopped : kTimedOut);
+    return 0;
+}
+
+struct Patience {
+    uint64_t since = 0;
+    uint32_t turns = 0;
+};
+
+template <class B>
+class Session {
+   public:
+    CAR_FN Session(const Group& group, const B& block) : g(group), b(block) {}
+
+    // Wait for the kernel before this one, and learn where this block stands.
+    CAR_FN void begin() {
+        b.let_next_start();
+        b.await_previous();
+        const Vec state = load_shared(&g.state[b.block()]);
+        calls = state.w[0];
+        tiles = state.w[1];
+        rings = state.w[2];
+    }
+
+    // All that is not data, by one warp (`lane`) while the others move it: tell the peers what is called here, see that they call the
+    // same, and put the state forward by a call and `done` tiles.
+    CAR_FN void control(uint32_t lane, uint32_t done) {
+        say_call(lane);
+        uint32_t before = 0;
+        if (lane == 0) before = exchange(&g.state[b.block()].busy, 1);
+        b.heard_all();
+        if (lane == 0) {
+            const Vec state = {{calls + 1, tiles + done, rings, 0}};
+            store(&g.state[b.block()], state);
+        }
+        hear_calls(lane);
+        if (lane == 0) {
+            if (before != 0) give_up(g, calls + 1, kTwoAtOnce);
+            store_relaxed(&g.state[b.block()].busy, 0);
+        }
+    }
+
+    // The same in three parts, for kernels without a control warp.
+    CAR_FN void enter() {
+        if (b.thread() == 0 && exchange(&g.state[b.block()].busy, 1) != 0) {
+            give_up(g, calls + 1, kTwoAtOnce);
+            failed = true;
+        }
+        say_call(b.thread());
+    }
+    CAR_FN void agree() { hear_calls(b.thread()); }
+    CAR_FN void leave(uint32_t done, uint32_t done_rings = 0) {
+        if (b.any(failed) || b.thread() != 0) return;
+        const Vec state = {{calls + 1, tiles + done, rings + done_rings, 0}};
+        store(&g.state[b.block()], state);
+        store_relaxed(&g.state[b.block()].busy, 0);
+    }
+
+    // Once for each look at something that rank `r` has not sent yet; false: stop looking. Seldom does more than count.
+    CAR_FN bool wait_on(Patience& patience, uint32_t r) {
+        if (failed) return false;
+        if (++patience.turns & 127) return true;
+        patience.since = wait_slowly(g, mail(g.rank, r), calls, r, patience.since);
+        failed = patience.since == 0;
+        return !failed;
+    }
+
+    // What `owner` gets from `source` in calls of even number; that of odd ones begins `odd()` vectors behind it.
+    CAR_FN Vec* lamport(uint32_t owner, uint32_t source) const {
+        const uint64_t slot = uint64_t(b.block()) * 2 * g.ranks + source;
+        return reinterpret_cast<Vec*>(g.memory[owner] + g.layout.lamport) + slot * g.layout.lamport_vecs;
+    }
+    CAR_FN uint32_t odd() const { return (calls & 1) * g.ranks * g.layout.lamport_vecs; }
+    CAR_FN Vec* tile(uint32_t owner, uint32_t source, uint32_t number) const {
+        const uint64_t slot = (uint64_t(b.block()) * kRing + number % kRing) * g.ranks + source;
+        return reinterpret_cast<Vec*>(g.memory[owner] + g.layout.tiles) + slot * g.layout.tile_vecs;
+    }
+    CAR_FN Vec* ring(uint32_t owner, uint32_t source, uint32_t t) const {
+        const uint64_t slot = (uint64_t(b.block()) * g.layout.ring_tiles + (rings + t) % g.layout.ring_tiles) * g.ranks + source;
+        return reinterpret_cast<Vec*>(g.memory[owner] + g.layout.ring) + slot * g.layout.ring_vecs;
+    }
+    CAR_FN uint32_t* flag(uint32_t owner, uint32_t source, uint32_t phase) const {
+        return reinterpret_cast<uint32_t*>(g.memory[owner] + g.layout.flags) + b.block() * 32 + phase * kMaxRanks + source;
+    }
+
+    const Group& g;
+    const B& b;
+    uint32_t calls = 0;
+    uint32_t tiles = 0;
+    uint32_t rings = 0;
+    bool failed = false;
+
+   private:
+    CAR_FN void say_call(uint32_t r) {
+        if (r < g.ranks && r != g.rank) {
+            const Vec said = {{g.call[0], g.call[1], g.call[2], calls & 0x7fffffffu}};
+            store_shared(mail(r, g.rank), said);
+        }
+    }
+    CAR_FN void hear_calls(uint32_t r) {
+        if (r >= g.ranks || r == g.rank) return;
+        Vec* const at = mail(g.rank, r);
+        Vec heard = load_shared(at);
+        Patience patience;
+        while (has_empty(heard)) {
+            if (!wait_on(patience, r)) return;
+            heard = load_shared(at);
+        }
+        const Vec empty = {{kEmpty, kEmpty, kEmpty, kEmpty}};
+        store_shared(at, empty);
+        if (!same_call(g, heard, calls, r)) failed = true;
+    }
+    CAR_FN Vec* mail(uint32_t owner, uint32_t source) const {
+        return reinterpret_cast<Vec*>(g.memory[owner] + g.layout.mailbox) +
+               (uint64_t(b.block()) * 2 + (calls & 1)) * g.ranks + source;
+    }
+};
+
+}  // namespace gpu
+}  // namespace car
