@@ -273,7 +273,7 @@ def _latency(options: argparse.Namespace, plane: Plane, _planes: ExitStack, prog
     if plane.rank == 0 and options.plot is not None and rows:
         plot(rows, options.plot)
     text = "\n".join([table(rows), *(f"left out: {line}" for line in without)])
-    return machine | {"left_out": without}, rows, text
+    return machine | ({"left_out": without} if options.graph else {}), rows, text
 
 
 def _formed(options: argparse.Namespace, plane: Plane, purpose: str) -> dict[str, Communicator]:
