@@ -153,7 +153,8 @@ def test_a_candidate_that_cannot_be_captured_is_left_out_with_the_reason_and_the
     assert out == [([("twin", 64, None), ("twin", 128, None)], wanted)] * 2
 
 
-def test_a_communicator_that_a_failed_capture_poisoned_takes_no_part_in_the_next_step(device: Device) -> None:
+@pytest.mark.parametrize("spec", [CAPTURES, PLAIN], ids=["declares capture", "declares nothing"])
+def test_a_communicator_that_a_failed_capture_poisoned_is_closed_and_the_others_go_on(device: Device, spec: Any) -> None:
     def rank_main(plane: Plane) -> Any:
         formed = form(plane, ["twin"], "bench", "cpu")
         torch_comm: Any = formed["torch"]
@@ -165,9 +166,10 @@ def test_a_communicator_that_a_failed_capture_poisoned_takes_no_part_in_the_next
         during_captures(device, torch_comm, fails=poisoned)
         without: list[str] = []
         rows = measure(plane, formed, todo(plane, 64, 128), pin="off", rounds=1, graph=True, left_out=without.append)
+        assert torch_comm.closed
         return [(r.backend, r.bytes) for r in rows], len(without)
 
-    assert run(rank_main, PLAIN) == [([("twin", 64), ("twin", 128)], 1)] * 2
+    assert run(rank_main, spec) == [([("twin", 64), ("twin", 128)], 1)] * 2
 
 
 def test_a_capture_that_fails_on_one_rank_only_is_an_error_that_names_it(device: Device) -> None:

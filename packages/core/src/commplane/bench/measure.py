@@ -122,6 +122,8 @@ def measure(
                 graphs[number] = made
             else:
                 left_out(f"{case.backend} {case.mode}, {step}: cannot be captured: {made}")
+                if not _usable(case.communicator):  # left open, it would stop every other capture of the plane
+                    case.communicator.close()
         taking = [(case, graphs.get(number)) for number, case in enumerate(cases) if number in graphs or not graph]
         rows.extend(_measure_one(plane, taking, step, ways, rounds) if taking else ())
     return rows
@@ -130,7 +132,7 @@ def measure(
 def _usable(communicator: Communicator) -> bool:
     try:
         communicator.check_usable("bench")
-    except CommplaneError:  # closed by nobody here: a capture that failed has poisoned it, on every rank
+    except CommplaneError:  # a capture that failed has poisoned it, on every rank
         return False
     return True
 
