@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-enum { kDLCPU = 1 };
+enum { kDLCPU = 1, kDLCUDA = 2 };
 enum { kDLFloat = 2 };
 #define DLPACK_MAJOR 1
 #define DLPACK_CAPSULE "dlpack_exchange_api"
@@ -41,5 +41,5 @@ typedef struct DLPackExchangeAPI {
     void* managed_tensor_from_py_object_no_sync;
     void* managed_tensor_to_py_object_no_sync;
     int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out); /* may be null */
-    void* current_work_stream;
+    int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out); /* what torch.cuda.current_stream says */
 } DLPackExchangeAPI;

@@ -17,9 +17,40 @@ struct car_library {
     int (*reduce_scatter)(void*, const void*, void*, uint64_t, int, int);
     int (*broadcast)(void*, void*, uint64_t, int, uint32_t);
     int (*all_reduce_rms_norm)(void*, const void*, const void*, const void*, void*, void*, uint64_t, uint64_t, int, float, float);
+    int (*cuda_all_reduce)(void*, const void*, void*, uint64_t, int, uint64_t);
+    int (*cuda_barrier)(void*, uint64_t);
+    int (*cuda_all_gather)(void*, const void*, void*, uint64_t, int, uint64_t);
+    int (*cuda_reduce_scatter)(void*, const void*, void*, uint64_t, int, uint64_t);
+    int (*cuda_broadcast)(void*, void*, uint64_t, int, uint32_t, uint64_t);
+    int (*cuda_all_reduce_rms_norm)(void*, const void*, const void*, const void*, void*, void*, uint64_t, uint64_t, int, float, float,
+                                    uint64_t);
     void (*set_interrupt_check)(int (*)(void));
 };
 extern struct car_library car_library;
 
+/* Number of arguments, checked; an exception and 1 where it is another one or bind() has not been called. */
+int car_wrong_call(Py_ssize_t found, Py_ssize_t wanted, const char* signature);
+/* A status as a Python number. */
+PyObject* car_answer(int status);
+
+/* Calls without the GIL; arguments that were no numbers raise. */
+#define CAR_CALL(expression)                        \
+    do {                                            \
+        if (PyErr_Occurred()) return NULL;          \
+        PyThreadState* state = PyEval_SaveThread(); \
+        const int status = (expression);            \
+        PyEval_RestoreThread(state);                \
+        return car_answer(status);                  \
+    } while (0)
+
+/* cuda_calls.c */
+PyObject* car_cuda_all_reduce(PyObject* module, PyObject* const* args, Py_ssize_t n);
+PyObject* car_cuda_barrier(PyObject* module, PyObject* const* args, Py_ssize_t n);
+PyObject* car_cuda_all_gather(PyObject* module, PyObject* const* args, Py_ssize_t n);
+PyObject* car_cuda_reduce_scatter(PyObject* module, PyObject* const* args, Py_ssize_t n);
+PyObject* car_cuda_broadcast(PyObject* module, PyObject* const* args, Py_ssize_t n);
+PyObject* car_cuda_all_reduce_rms_norm(PyObject* module, PyObject* const* args, Py_ssize_t n);
+
 /* tensor_call.c */
 PyObject* car_tensor_all_reduce(PyObject* module, PyObject* const* args, Py_ssize_t n);
+PyObject* car_cuda_tensor_all_reduce(PyObject* module, PyObject* const* args, Py_ssize_t n);

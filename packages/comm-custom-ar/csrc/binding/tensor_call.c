@@ -3,8 +3,9 @@
  * An all-reduce of a torch tensor in one C call: the tensor is read through DLPack's C functions, which cost a tenth of what its
  * Python attributes cost. Without torch's headers: what is needed of torch is found by name when a call is bound.
  *
- * Only what is certain is done here: exactly a torch.Tensor or Parameter, on the CPU, contiguous, of the dtype that was bound,
- * without the negative bit (which DLPack does not show). Everything else goes to `fallback`, the same call in Python.
+ * Only what is certain is done here: exactly a torch.Tensor or Parameter, on the device and of the dtype that were bound, contiguous,
+ * without the negative bit (which DLPack does not show). Everything else goes to `fallback`, the same call in Python. A call on CUDA
+ * goes to the stream that is torch's current one of that device.
  */
 #include <stdlib.h>
 
@@ -15,6 +16,8 @@ typedef struct {
     void* handle;
     int dtype;
     int op;
+    int32_t device_type; /* DLPack's */
+    int32_t device;      /* number of the GPU, where it is one */
     uint8_t code; /* DLPack's of the dtype, and its bits */
     uint8_t bits;
     const DLPackExchangeAPI* api;
@@ -47,8 +50,8 @@ static int view(const Bound* bound, PyObject* object, DLTensor* tensor, uint64_t
         PyErr_Clear(); /* a tensor without storage, for one: the fallback says what is wrong */
         return 0;
     }
-    if (tensor->device.type != kDLCPU || tensor->dtype.code != bound->code || tensor->dtype.bits != bound->bits ||
-        tensor->dtype.lanes != 1) {
+    if (tensor->device.type != bound->device_type || tensor->dtype.code != bound->code || tensor->dtype.bits != bound->bits ||
+        tensor->dtype.lanes != 1 || (bound->device_type == kDLCUDA && tensor->device.id != bound->device)) {
         return 0;
     }
     int64_t elements = 1;
@@ -82,11 +85,16 @@ static PyObject* raise_status(const Bound* bound, int status) {
     return NULL;
 }
 
+/* 0, or a status and perhaps an exception. */
 static int run(const Bound* bound, const DLTensor* in, const DLTensor* out, uint64_t count) {
     const char* from = (const char*)in->data + in->byte_offset;
     char* to = (char*)out->data + out->byte_offset;
+    void* stream = NULL;
+    const int on_gpu = bound->device_type == kDLCUDA;
+    if (on_gpu && bound->api->current_work_stream(kDLCUDA, bound->device, &stream) != 0) return CAR_EINTERRUPTED;
     PyThreadState* state = PyEval_SaveThread();
-    const int status = car_library.all_reduce(bound->handle, from, to, count, bound->dtype, bound->op);
+    const int status = on_gpu ? car_library.cuda_all_reduce(bound->handle, from, to, count, bound->dtype, (uint64_t)(uintptr_t)stream)
+                              : car_library.all_reduce(bound->handle, from, to, count, bound->dtype, bound->op);
     PyEval_RestoreThread(state);
     return status;
 }
@@ -149,12 +157,8 @@ static int dlpack_dtype(long dtype, Bound* bound) {
     return 1;
 }
 
-PyObject* car_tensor_all_reduce(PyObject* module, PyObject* const* args, Py_ssize_t n) {
-    (void)module;
-    if (n != 7 || car_library.all_reduce == NULL) {
-        PyErr_SetString(PyExc_TypeError, "tensor_all_reduce(torch, handle, dtype, op, in_place, fallback, fail), after bind()");
-        return NULL;
-    }
+/* torch, handle, dtype, op or the number of a GPU, in_place, fallback, fail */
+static PyObject* bound_call(PyObject* const* args, int32_t device_type) {
     Bound* bound = calloc(1, sizeof *bound);
     if (bound == NULL) return PyErr_NoMemory();
     PyObject* self = PyCapsule_New(bound, kCapsule, release);
@@ -166,11 +170,16 @@ PyObject* car_tensor_all_reduce(PyObject* module, PyObject* const* args, Py_ssiz
     PyObject* torch = args[0];
     PyObject* nn = NULL;
     bound->handle = PyLong_AsVoidPtr(args[1]);
-    const long dtype = PyLong_AsLong(args[2]), op = PyLong_AsLong(args[3]);
+    const long dtype = PyLong_AsLong(args[2]), op_or_device = PyLong_AsLong(args[3]);
     const int here = PyObject_IsTrue(args[4]);
     if (PyErr_Occurred()) goto done;
     bound->dtype = (int)dtype;
-    bound->op = (int)op;
+    bound->device_type = device_type;
+    if (device_type == kDLCUDA) {
+        bound->device = (int32_t)op_or_device;
+    } else {
+        bound->op = (int)op_or_device;
+    }
     bound->tensor_type = (PyTypeObject*)PyObject_GetAttrString(torch, "Tensor");
     nn = PyObject_GetAttrString(torch, "nn");
     if (bound->tensor_type == NULL || nn == NULL) goto done;
@@ -179,7 +188,7 @@ PyObject* car_tensor_all_reduce(PyObject* module, PyObject* const* args, Py_ssiz
     bound->empty_like = PyObject_GetAttrString(torch, "empty_like");
     if (bound->parameter_type == NULL || bound->is_neg == NULL || bound->empty_like == NULL) goto done;
     bound->api = exchange_api((PyObject*)bound->tensor_type);
-    if (bound->api == NULL || !dlpack_dtype(dtype, bound)) {
+    if (bound->api == NULL || (device_type == kDLCUDA && bound->api->current_work_stream == NULL) || !dlpack_dtype(dtype, bound)) {
         out = Py_None;
         Py_INCREF(out);
         goto done;
@@ -193,4 +202,22 @@ done:
     Py_XDECREF(nn);
     Py_DECREF(self);
     return out;
+}
+
+PyObject* car_tensor_all_reduce(PyObject* module, PyObject* const* args, Py_ssize_t n) {
+    (void)module;
+    if (n != 7 || car_library.all_reduce == NULL) {
+        PyErr_SetString(PyExc_TypeError, "tensor_all_reduce(torch, handle, dtype, op, in_place, fallback, fail), after bind()");
+        return NULL;
+    }
+    return bound_call(args, kDLCPU);
+}
+
+PyObject* car_cuda_tensor_all_reduce(PyObject* module, PyObject* const* args, Py_ssize_t n) {
+    (void)module;
+    if (n != 7 || car_library.cuda_all_reduce == NULL) {
+        PyErr_SetString(PyExc_TypeError, "cuda_tensor_all_reduce(torch, handle, dtype, device, in_place, fallback, fail), after bind()");
+        return NULL;
+    }
+    return bound_call(args, kDLCUDA);
 }

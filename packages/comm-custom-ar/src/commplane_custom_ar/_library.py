@@ -22,10 +22,12 @@ from typing import Any, Final
 import commplane_custom_ar
 from commplane_custom_ar._abi import bind_prototypes
 from commplane_custom_ar.codes import ABI_MAJOR
+from commplane_custom_ar.cuda import abi as cuda_abi
 
 LIBRARY_NAME: Final = "libcommplane_car.so"
 FASTCALL_NAME: Final = "_fastcall.abi3.so"
 HOT: Final = ("all_reduce", "barrier", "all_gather", "reduce_scatter", "broadcast", "all_reduce_rms_norm")
+_CUDA_HOT: Final = tuple(f"cuda_{name}" for name in cuda_abi.HOT)
 
 Hot = Callable[..., int]
 
@@ -48,8 +50,17 @@ class Native:
     reduce_scatter: Hot  # (handle, in_ptr, out_ptr, count, dtype, op)
     broadcast: Hot  # (handle, ptr, count, dtype, root)
     all_reduce_rms_norm: Hot  # (handle, in, residual, weight, norm_out, residual_out, rows, hidden, dtype, eps, weight_bias)
+    # The same on CUDA: an op there is none, and the last number is the stream.
+    cuda_all_reduce: Hot
+    cuda_barrier: Hot
+    cuda_all_gather: Hot
+    cuda_reduce_scatter: Hot
+    cuda_broadcast: Hot
+    cuda_all_reduce_rms_norm: Hot
     tensor_all_reduce: Callable[..., Any] | None = None
     """(torch, handle, dtype, op, in_place, fallback, fail) -> an all-reduce of one tensor in one C call, or None (abi3 only)."""
+    cuda_tensor_all_reduce: Callable[..., Any] | None = None
+    """(torch, handle, dtype, device, in_place, fallback, fail) -> the same on CUDA, on the current stream of that device."""
 
 
 def _find(file_name: str) -> Path | None:
@@ -116,7 +127,14 @@ def load(binding: str | None = None, library: str | os.PathLike[str] | None = No
             f"native ABI of {path}: wanted {ABI_MAJOR}.x, found {abi[0]}.{abi[1]}; "
             "reinstall commplane-custom-ar so that its Python and native halves are of one version"
         )
-    bind_prototypes(loaded)
+    try:
+        bind_prototypes(loaded)
+        cuda_abi.bind_prototypes(loaded)
+    except AttributeError as error:
+        raise NativeLibraryError(
+            f"{path} is older than this module ({error}); reinstall commplane-custom-ar so that its Python and native halves are "
+            "of one version"
+        ) from error
 
     wanted = binding or "auto"
     if wanted not in ("auto", "abi3", "ctypes"):
@@ -124,12 +142,12 @@ def load(binding: str | None = None, library: str | os.PathLike[str] | None = No
     if wanted != "ctypes":
         module = _load_fastcall(path)
         if module is not None:
-            names = [*HOT, "set_interrupt_check"]
+            names = [*HOT, *_CUDA_HOT, "set_interrupt_check"]
             module.bind(*(ctypes.cast(getattr(loaded, f"commplane_car_{f}"), ctypes.c_void_p).value for f in names))
-            hot = {name: getattr(module, name) for name in HOT}
-            return Native(loaded, path, abi, "abi3", **hot, tensor_all_reduce=module.tensor_all_reduce)
+            more = ("tensor_all_reduce", "cuda_tensor_all_reduce")
+            return Native(loaded, path, abi, "abi3", **{name: getattr(module, name) for name in (*HOT, *_CUDA_HOT, *more)})
         if wanted == "abi3":
             raise NativeLibraryError(
                 f"native binding abi3: no usable {FASTCALL_NAME} beside {path}; use ctypes or rebuild the wheel"
             )
-    return Native(loaded, path, abi, "ctypes", **{name: getattr(loaded, f"commplane_car_{name}") for name in HOT})
+    return Native(loaded, path, abi, "ctypes", **{name: getattr(loaded, f"commplane_car_{name}") for name in (*HOT, *_CUDA_HOT)})

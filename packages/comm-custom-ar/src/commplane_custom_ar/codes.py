@@ -69,6 +69,7 @@ EMISMATCH: Final = -11
 EPOISONED: Final = -12
 ECLOSED: Final = -13
 EBUSY: Final = -14
+EUNSUPPORTED: Final = -15
 EPEERDEAD: Final = -17
 EINTERRUPTED: Final = -18
 

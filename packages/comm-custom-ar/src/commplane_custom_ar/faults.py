@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from commplane.api import BuildContext
 from commplane.errors import CommunicatorError, MismatchError, PeerError, UnsupportedOperation
 from commplane_custom_ar import _native
-from commplane_custom_ar._native import Comm
+from commplane_custom_ar._native import StatusDetail
 from commplane_custom_ar.codes import STATUS
 
 __all__ = ["explain"]
 
 
-def explain(context: BuildContext, comm: Comm, status: int) -> CommunicatorError:
+class _Detailed(Protocol):
+    def detail(self) -> StatusDetail: ...
+
+
+def explain(context: BuildContext, comm: _Detailed, status: int) -> CommunicatorError:
     """What to raise for `status`, which a call on `comm` returned."""
     who, ranks = context.who, context.ranks
     name = STATUS.get(status, str(status))

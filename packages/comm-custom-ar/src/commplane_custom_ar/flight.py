@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from commplane.api import FlightRecord
 from commplane_custom_ar._abi import FlightEntry
-from commplane_custom_ar._native import Comm
 from commplane_custom_ar.codes import DTYPE_BYTES, DTYPE_NAMES, KIND_NAMES, MAX_WORLD, OP_NAMES, STATUS
 
 __all__ = ["records"]
@@ -13,7 +14,13 @@ __all__ = ["records"]
 _RUNNING = 1
 
 
-def records(comm: Comm) -> list[FlightRecord]:
+class _Recorded(Protocol):
+    world_size: int
+
+    def flight(self) -> list[FlightEntry]: ...
+
+
+def records(comm: _Recorded) -> list[FlightRecord]:
     """The last calls on `comm`, oldest first."""
     return [_record(entry, comm.world_size) for entry in comm.flight()]
 

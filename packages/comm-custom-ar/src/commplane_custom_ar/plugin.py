@@ -6,26 +6,31 @@ from commplane.api import BackendSpec, Capability, Numerics, hookimpl
 
 __all__ = ["commplane_register_comm_backends"]
 
+_CAPABILITIES = {
+    Capability.ALL_REDUCE,
+    Capability.ALL_GATHER,
+    Capability.REDUCE_SCATTER,
+    Capability.BROADCAST,
+    Capability.ALL_REDUCE_RMS_NORM,
+    Capability.BARRIER,
+    Capability.SYMMETRIC_MEMORY,
+    Capability.CAPTURE,
+}
+
+# How Python calls the native library: auto, abi3 or ctypes; abi3 costs a tenth, ctypes works everywhere.
+_BINDING = {"binding": "auto"}
+
 
 @hookimpl
 def commplane_register_comm_backends() -> list[BackendSpec]:
-    """`custom_ar`: collectives through shared memory, for groups inside one host."""
+    """`custom_ar`: collectives for groups inside one host, through shared memory on CPU and between GPUs on CUDA."""
     return [
         BackendSpec(
             name="custom_ar",
             api=(1, 1),
             factory="commplane_custom_ar.backend:CustomAllReduce",
             probe="commplane_custom_ar.probe:probe",
-            capabilities={
-                Capability.ALL_REDUCE,
-                Capability.ALL_GATHER,
-                Capability.REDUCE_SCATTER,
-                Capability.BROADCAST,
-                Capability.ALL_REDUCE_RMS_NORM,
-                Capability.BARRIER,
-                Capability.SYMMETRIC_MEMORY,
-                Capability.CAPTURE,
-            },
+            capabilities=_CAPABILITIES,
             dtypes={"float32", "bfloat16", "float16", "float64", "int32", "int64", "int8", "uint8"},
             ops={"sum", "min", "max", "avg"},
             device="cpu",
@@ -42,8 +47,30 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
                 "single_copy": "auto",
                 # Vector code to use: auto, baseline, avx2, avx512 or avx512_bf16. For tests and comparisons.
                 "isa": "auto",
-                # How Python calls the native library: auto, abi3 or ctypes; abi3 costs a tenth, ctypes works everywhere.
-                "binding": "auto",
+                **_BINDING,
             },
-        )
+        ),
+        BackendSpec(
+            name="custom_ar",
+            api=(1, 2),
+            factory="commplane_custom_ar.cuda.backend:CudaAllReduce",
+            probe="commplane_custom_ar.gpu.gate:probe",
+            capabilities=_CAPABILITIES,
+            # The library moves any dtype, but one set serves all collectives, and these are what it sums.
+            dtypes={"float32", "bfloat16", "float16"},
+            ops={"sum"},
+            device="cuda",
+            max_world_size=8,
+            numerics=Numerics.RANK_ORDER,
+            priority=100,
+            options={
+                # auto for what was measured to be the fastest at each size, or one at every size that it serves, for comparisons:
+                # one_shot_push, one_shot_ring, two_shot_push, one_shot_pull or two_shot_pull.
+                "algorithm": "auto",
+                # Whether inputs of captured calls are read where they are: off, on (an error where torch's memory has no handles)
+                # or auto (staged there).
+                "registered": "off",
+                **_BINDING,
+            },
+        ),
     ]
