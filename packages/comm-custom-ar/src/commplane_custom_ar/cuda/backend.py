@@ -21,7 +21,7 @@ from commplane.api import (
     ReduceOp,
     SizeRange,
 )
-from commplane.errors import CommunicatorError, ConfigError, UnsupportedOperation
+from commplane.errors import CommunicatorError, ConfigError, MismatchError, UnsupportedOperation
 from commplane_custom_ar import _native, flight
 from commplane_custom_ar._native import NativeError, Segment
 from commplane_custom_ar.codes import DTYPES
@@ -190,7 +190,11 @@ class CudaAllReduce(CommBackend):
         assert self._symmetric is not None
         assert self._captured is not None
         if self._registers:
-            self._captured.exchange(bootstrap)
+            try:
+                self._captured.exchange(bootstrap)
+            except MismatchError:  # on all ranks, which by now count their captured inputs differently
+                self._registers = False
+                raise
         self._symmetric.reclaim(bootstrap)
 
     def flight_records(self) -> Sequence[FlightRecord]:

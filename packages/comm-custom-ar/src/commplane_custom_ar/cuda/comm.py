@@ -17,7 +17,7 @@ from commplane_custom_ar.codes import DTYPE_NAMES, EBUSY, FLIGHT_RECORDS, KIND_N
 from commplane_custom_ar.cuda.abi import ALGORITHMS, HANDLE_BYTES, MAX_WORLD, Choice, Detail, Options
 from commplane_custom_ar.cuda.tuned import Choice as Chosen
 
-__all__ = ["CudaComm", "DeviceMemory", "device_info"]
+__all__ = ["CudaComm", "DeviceMemory", "call_text", "device_info"]
 
 _ALL_SIZES = (1 << 64) - 1
 
@@ -193,12 +193,15 @@ class CudaComm:
     def detail(self) -> StatusDetail:
         """What is known about the fault. A kernel gives up after its call has returned, so ``seq`` is the call that found out."""
         detail = self.raw_detail()
+        missing, aborted = _ranks(detail.missing_mask), _ranks(detail.abort_mask)
+        if not set(missing) - set(aborted):  # who was missed came later, and found that the others had given up
+            aborted = tuple(rank for rank in aborted if rank not in missing)
         return StatusDetail(
             seq=int(detail.sequence),
             operation=f"{call_text(detail.mine)}, noticed in call",
-            missing=_ranks(detail.missing_mask),
+            missing=missing,
             mismatched={rank: call_text(detail.peers[rank]) for rank in _ranks(detail.mismatch_mask)},
-            aborted=_ranks(detail.abort_mask),
+            aborted=aborted,
             dead=(),
         )
 

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,11 +46,16 @@ def wrap(holder: Any, device: torch.device) -> torch.Tensor:
 
 @dataclass(eq=False)
 class _Region:
-    """One allocation: this rank's part, and the peers' as they are mapped here (0 for this rank)."""
+    """One allocation: this rank's part (0 where there is none), and the peers' as they are mapped here (0 for this rank)."""
 
-    address: int
-    peers: list[int]
     id: int
+    address: int = 0
+    peers: list[int] = field(default_factory=list)
+    registered: bool = False
+
+
+# Memory of tensors that went while a graph was captured, when nothing may be freed.
+_late: list[tuple[DeviceMemory, int]] = []
 
 
 class SymmetricMemory:
@@ -61,6 +66,7 @@ class SymmetricMemory:
         comm: what is told of each allocation.
         memory: where it is from.
         settle: waits until the device has done all that was queued.
+        busy: whether a graph is being captured, so that nothing may be freed.
         tensor: makes a tensor of bytes.
     """
 
@@ -70,13 +76,15 @@ class SymmetricMemory:
         comm: CudaComm,
         memory: DeviceMemory,
         settle: Callable[[], None],
+        busy: Callable[[], bool] = torch.cuda.is_current_stream_capturing,
         tensor: Callable[[Any, torch.device], torch.Tensor] = wrap,
     ) -> None:
-        self._context, self._comm, self._memory, self._settle, self._tensor = context, comm, memory, settle, tensor
+        self._context, self._comm, self._memory = context, comm, memory
+        self._settle, self._busy, self._tensor = settle, busy, tensor
         self._regions: dict[int, _Region] = {}
         # Of tensors that are gone here. Appended to by the garbage collector, in any thread and at any point.
         self._dropped: list[_Region] = []
-        self._doomed: list[int] = []  # own memory of steps that failed: a peer may have mapped it
+        self._unmapped: list[int] = []  # own memory between the two rounds of `reclaim`
         self._count = 0
         self._closed = False
 
@@ -89,18 +97,18 @@ class SymmetricMemory:
             return torch.empty(tuple(shape), dtype=dtype, device=device)
         # Counted on every rank alike, whatever each of them has let go of since: peers compare the number in every call.
         self._count = self._count % _MAX_ID + 1
-        region = _Region(0, [], self._count)
+        # Known on every rank alike too, also where the rest fails on this one: all of them will have let go of it.
+        region = self._regions[self._count] = _Region(self._count)
         try:
             region.address, handle = self._memory.allocate(-(-nbytes // _ALIGNMENT) * _ALIGNMENT)
             handles = context.bootstrap.all_gather(handle.hex(), what="symmetric memory: handles")
             for rank, text in enumerate(handles):
                 region.peers.append(0 if rank == context.rank else self._memory.open(bytes.fromhex(text)))
             self._comm.register([peer or region.address for peer in region.peers], nbytes, region.id)
+            region.registered = True
         except BaseException:
-            self._doomed.extend([region.address] if region.address else [])
-            self._unmap(region)
+            self._dropped.append(region)
             raise
-        self._regions[region.id] = region
         holder = _Holder(region.address, nbytes)
         # Not at exit: tensors may live on then.
         weakref.finalize(holder, self._drop, region).atexit = False
@@ -116,16 +124,20 @@ class SymmetricMemory:
         if not everywhere:
             return
         gone = [self._regions.pop(number) for number in sorted(everywhere)]
-        self._dropped[:] = [region for region in self._dropped if region.id not in everywhere]
-        self._doomed.extend(region.address for region in gone)
+        for region in gone:  # one by one: the collector may append at any point
+            self._dropped.remove(region)
+        own = [region.address for region in gone if region.address]
+        self._unmapped.extend(own)
         self._settle()  # kernels on it may still run
         for region in gone:
-            self._comm.unregister(region.id)
+            if region.registered:
+                self._comm.unregister(region.id)
             self._unmap(region)
         bootstrap.barrier(what="symmetric memory: unmapped")
-        for region in gone:
-            self._doomed.remove(region.address)
-            self._memory.free(region.address)
+        for address in own:
+            self._unmapped.remove(address)
+            self._memory.free(address)
+        _free_late()
 
     def unmap_all(self) -> None:
         """The communicator is closing: let go of the peers' memory. Local, idempotent; the device is idle."""
@@ -136,20 +148,23 @@ class SymmetricMemory:
     def free_dropped(self) -> None:
         """The peers have unmapped too: free what no tensor shows. What one shows goes with it. Local, idempotent."""
         self._closed = True
-        dropped = [region.address for region in self._dropped]
-        gone, self._doomed = [*self._doomed, *dropped], []
+        gone = [*self._unmapped, *(region.address for region in self._dropped if region.address)]
+        self._unmapped.clear()
         self._dropped.clear()
         self._regions.clear()
         with ExitStack() as stack:
+            stack.callback(_free_late)
             for address in gone:
                 stack.callback(self._memory.free, address)
 
     def _drop(self, region: _Region) -> None:
         """The last tensor of `region` is gone. Called by the garbage collector, in any thread and at any point."""
-        if self._closed:
-            self._memory.free(region.address)
-        else:
+        if not self._closed:
             self._dropped.append(region)
+        elif self._busy():
+            _late.append((self._memory, region.address))
+        else:
+            self._memory.free(region.address)
 
     def _unmap(self, region: _Region) -> None:
         peers, region.peers = region.peers, []
@@ -157,3 +172,9 @@ class SymmetricMemory:
             for opened in peers:
                 if opened:
                     stack.callback(self._memory.close, opened)
+
+
+def _free_late() -> None:
+    while _late:
+        memory, address = _late.pop()
+        memory.free(address)
