@@ -24,7 +24,7 @@ def context(bootstrap: Any, **options: Any) -> BuildContext:
 class Pool:
     """All memory of all ranks."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: Any = field(default_factory=threading.RLock)  # the collector frees in the middle of anything, also of an allocation
     numbers: Any = field(default_factory=lambda: itertools.count(1))
     live: dict[str, int] = field(default_factory=dict)  # handle -> how many processes have it open
     buffers: dict[int, Any] = field(default_factory=dict)

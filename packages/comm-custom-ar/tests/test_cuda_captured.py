@@ -14,7 +14,7 @@ from commplane_custom_ar._native import NativeError
 from commplane_custom_ar.codes import EUNSUPPORTED
 from commplane_custom_ar.cuda.captured import CapturedInputs, first_difference
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 
 PAGE = 1 << 21
 

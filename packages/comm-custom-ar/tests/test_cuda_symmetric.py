@@ -20,7 +20,7 @@ from commplane_custom_ar._native import NativeError
 from commplane_custom_ar.cuda import symmetric
 from commplane_custom_ar.cuda.symmetric import SymmetricMemory
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 
 
 class Buffer:
@@ -72,7 +72,7 @@ def test_a_tensor_shows_own_memory_and_is_registered_with_that_of_all_ranks() ->
         gc.collect()
         assert not memory.owned
 
-    all_of(ranks(3, body))
+    all_of(ranks(3, body, timeout=50.0, patience=20.0))
     assert not pool.live
     assert not pool.wrong
 
@@ -99,7 +99,7 @@ def test_memory_is_freed_in_the_next_step_after_all_ranks_let_go_and_not_before(
         assert not comm.regions
         close(of, bootstrap)
 
-    all_of(ranks(2, body))
+    all_of(ranks(2, body, timeout=50.0, patience=20.0))
     assert not pool.live
     assert not pool.wrong
 
@@ -136,7 +136,7 @@ def test_a_rank_that_fails_leaves_all_ranks_able_to_go_on_and_nothing_behind(bro
         assert not memory.owned
         close(of, bootstrap)
 
-    all_of(ranks(2, body))
+    all_of(ranks(2, body, timeout=50.0, patience=20.0))
     assert not pool.live
     assert not pool.wrong
 
@@ -150,6 +150,7 @@ def test_a_tensor_that_goes_while_a_graph_is_captured_is_freed_after_it(monkeypa
         of = heap(bootstrap, memory, FakeComm(), busy=lambda: capturing[0])
         x = of.empty((4,), torch.float32)
         close(of, bootstrap)
+        bootstrap.barrier(what="both have closed the first")  # what waits is one list for the whole process
         capturing[0] = True
         del x
         gc.collect()
@@ -161,11 +162,11 @@ def test_a_tensor_that_goes_while_a_graph_is_captured_is_freed_after_it(monkeypa
         bootstrap.barrier(what="both have closed")
         assert not memory.owned
 
-    all_of(ranks(2, body))
+    all_of(ranks(2, body, timeout=50.0, patience=20.0))
     assert not pool.live
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_order_of_allocations_and_losses_ends_with_nothing_mapped_and_nothing_left(seed: int) -> None:
     pool, world_size = Pool(), 3
 
@@ -189,6 +190,6 @@ def test_any_order_of_allocations_and_losses_ends_with_nothing_mapped_and_nothin
         assert not memory.owned
         assert not memory.opened
 
-    all_of(ranks(world_size, body))
+    all_of(ranks(world_size, body, timeout=50.0, patience=20.0))
     assert not pool.live
     assert not pool.wrong

@@ -175,6 +175,9 @@ class SymmetricMemory:
 
 
 def _free_late() -> None:
-    while _late:
-        memory, address = _late.pop()
+    while True:
+        try:
+            memory, address = _late.pop()
+        except IndexError:  # another thread may have taken the last one
+            return
         memory.free(address)
