@@ -155,8 +155,8 @@ int main(int argc, char** argv) {
     CHECK(cudaHostAlloc(&control, sizeof *control, cudaHostAllocPortable | cudaHostAllocMapped));
     memset(control, 0, sizeof *control);
     Layout layout = {};
-    layout.blocks = 396;
-    layout.lamport_vecs = 2048;
+    layout.blocks = 264;
+    layout.lamport_vecs = 4096;
     layout.tile_vecs = tile;
     layout.ranks = n;
     uint64_t at = 0;
@@ -166,12 +166,9 @@ int main(int argc, char** argv) {
         return here;
     };
     layout.mailbox = place(uint64_t(layout.blocks) * 2 * n * 16);
-    layout.lamport = place(uint64_t(layout.blocks) * 2 * n * layout.lamport_vecs * 16);
+    layout.lamport = place(uint64_t(layout.blocks) * 2 * (n - 1) * layout.lamport_vecs * 16);
     layout.flags = place(uint64_t(layout.blocks) * 128);
     layout.tiles = place(uint64_t(layout.blocks) * kRing * n * layout.tile_vecs * 16);
-    layout.ring_vecs = argc > 4 ? atoi(argv[4]) : 512;
-    layout.ring_tiles = argc > 5 ? atoi(argv[5]) : 8;
-    layout.ring = place(uint64_t(layout.blocks) * layout.ring_tiles * n * layout.ring_vecs * 16);
     layout.total = at;
     devices.resize(n);
     std::vector<unsigned char*> memory(n);
@@ -221,37 +218,24 @@ int main(int argc, char** argv) {
         if (bytes <= capacity && (all || !strcmp(what, "small"))) {
             for (bool early : {true, false}) {
                 for (uint32_t threads : {128u, 256u, 512u}) {
-                    for (uint32_t per_thread : {1u, 2u, 4u, 8u}) {
-                        if (!early && (threads != 256 || per_thread != 1)) continue;
-                        uint64_t blocks = (vecs + threads * per_thread - 1) / (threads * per_thread);
-                        if (blocks > 264) continue;
-                        if (blocks == 0 || (vecs + blocks * threads - 1) / (blocks * threads) * threads > layout.lamport_vecs) continue;
-                        if (per_thread > 1 && (vecs < threads * per_thread)) continue;
-                        const bool few = blocks * threads >= vecs;
-                        time_one(few ? "push-few" : "push", bytes, blocks, threads, early, true, false, [&](Device& d, const Launch& how) {
-                            return launch_one_shot_push(how, d.group, 3, d.in, d.out, count, true, few);
+                    if (!early && threads != 256) continue;
+                    for (uint32_t most : {132u, 264u}) {
+                        uint64_t blocks = (vecs + threads - 1) / threads;
+                        if (most == 264 && blocks <= 132) continue;
+                        if (blocks > most) blocks = most;
+                        if ((vecs + blocks * threads - 1) / (blocks * threads) * threads > layout.lamport_vecs) continue;
+                        time_one("one_shot_push", bytes, blocks, threads, early, true, false, [&](Device& d, const Launch& how) {
+                            return launch_one_shot_push(how, d.group, 3, d.in, d.out, count, true);
                         });
                     }
                 }
             }
         }
         if (bytes >= 256 << 10 && (all || !strcmp(what, "large") || !strcmp(what, "ring"))) {
-            for (uint32_t blocks : {64u, 132u, 264u, 396u}) {
-                for (uint32_t threads : {128u, 256u, 512u}) {
-                    if (blocks == 64 && threads != 512) continue;
-                    if (blocks == 396 && threads == 512) continue;
-                    if (blocks == 132 && threads == 128) continue;
-                    if (layout.ring_vecs <= threads / 2 * ring_unroll(n)) {
-                        time_one("one_shot_ring", bytes, blocks, threads, true, true, false, [&](Device& d, const Launch& how) {
-                            return launch_one_shot_ring(how, d.group, 3, d.in, d.out, count, true);
-                        });
-                    }
-                    if (!strcmp(what, "ring")) continue;
-                    time_one("one_shot_tiled", bytes, blocks, threads, true, true, false, [&](Device& d, const Launch& how) {
-                        return launch_one_shot_tiled(how, d.group, 3, d.in, d.out, count, true);
-                    });
-                    time_one("two_shot_tiled", bytes, blocks, threads, true, true, false, [&](Device& d, const Launch& how) {
-                        return launch_two_shot_tiled(how, d.group, 3, d.in, d.out, count, true);
+            for (uint32_t blocks : {64u, 132u, 264u}) {
+                for (uint32_t threads : {256u, 512u}) {
+                    time_one("two_shot_push", bytes, blocks, threads, true, true, false, [&](Device& d, const Launch& how) {
+                        return launch_two_shot_push(how, d.group, 3, d.in, d.out, count, true);
                     });
                     time_one("one_shot_pull", bytes, blocks, threads, true, true, false, [&](Device& d, const Launch& how) {
                         return launch_one_shot_pull(how, d.group, 3, row, d.out, count);

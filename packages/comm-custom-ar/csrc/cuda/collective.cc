@@ -20,10 +20,11 @@ constexpr uint32_t kThreads = 512;
 
 bool is_aligned(const void* at) { return reinterpret_cast<uint64_t>(at) % sizeof(Vec) == 0; }
 
-// As many blocks as there are, each with few threads, before one thread has two vectors: what waits in parallel waits less.
+// As many blocks as there are multiprocessors, each with few threads, before there are more of either: what waits in parallel
+// waits less.
 uint32_t threads_for(uint64_t vecs, uint32_t blocks) {
     for (uint32_t threads : {128u, 256u}) {
-        if ((vecs + threads - 1) / threads <= blocks) return threads;
+        if ((vecs + threads - 1) / threads <= blocks / 2) return threads;
     }
     return kThreads;
 }
@@ -100,7 +101,7 @@ uint64_t capacity(const Comm& comm) {
 
 int all_reduce(Comm& comm, const AllReduce& one, cudaStream_t stream) {
     const Group& g = comm.group;
-    const uint64_t bytes = one.count * element_bytes(uint32_t(one.dtype)), vecs = (bytes + sizeof(Vec) - 1) / sizeof(Vec);
+    const uint64_t element = element_bytes(uint32_t(one.dtype)), bytes = one.count * element, vecs = (bytes + sizeof(Vec) - 1) / sizeof(Vec);
     const bool aligned = is_aligned(one.in) && is_aligned(one.out), capturing = is_capturing(comm, stream);
     commplane_car_call said = about(COMMPLANE_CAR_KIND_ALL_REDUCE, one.dtype, one.count);
     said.op = COMMPLANE_CAR_SUM;
@@ -132,23 +133,15 @@ int all_reduce(Comm& comm, const AllReduce& one, cudaStream_t stream) {
         }
     }
     if (way.algorithm == 0) way = choose(comm, false, capturing, bytes);
-    if (way.algorithm == COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH && bytes > capacity(comm)) way = {COMMPLANE_CAR_CUDA_TWO_SHOT_PUSH, 0, 0};
 
+    uint64_t piece = one.count;  // elements of a kernel
     const uint32_t most = way.blocks != 0 && way.blocks < g.layout.blocks ? way.blocks : g.layout.blocks;
     Launch how = {stream, most, way.threads != 0 ? way.threads : kThreads, comm.early};
     switch (way.algorithm) {
         case COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH:
             if (way.threads == 0) how.threads = threads_for(vecs, most);
             how.blocks = blocks_for((vecs + how.threads - 1) / how.threads, most);
-            while ((vecs + uint64_t(how.blocks) * how.threads - 1) / (uint64_t(how.blocks) * how.threads) * how.threads > g.layout.lamport_vecs) {
-                how.blocks = g.layout.blocks;  // a table may ask for fewer blocks than the message has room in
-                if (how.threads == kThreads) break;
-                how.threads = kThreads;
-            }
-            break;
-        case COMMPLANE_CAR_CUDA_ONE_SHOT_RING:
-            how.threads = kThreads;
-            how.blocks = blocks_for((vecs + g.layout.ring_vecs - 1) / g.layout.ring_vecs, most);
+            piece = uint64_t(how.blocks) * (g.layout.lamport_vecs / how.threads * how.threads) * (sizeof(Vec) / element);
             break;
         case COMMPLANE_CAR_CUDA_TWO_SHOT_PUSH: {
             const uint64_t tile = uint64_t(g.layout.tile_vecs) / 2 * g.ranks;
@@ -164,13 +157,18 @@ int all_reduce(Comm& comm, const AllReduce& one, cudaStream_t stream) {
     rest = rest * 1025 + how.threads;
     return call(comm, said, way.algorithm, rest, stream, [&] {
         switch (way.algorithm) {
-            case COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH:
-                return launch_one_shot_push(how, g, one.dtype, one.in, one.out, one.count, aligned,
-                                            uint64_t(how.blocks) * how.threads >= vecs);
-            case COMMPLANE_CAR_CUDA_ONE_SHOT_RING: return launch_one_shot_ring(how, g, one.dtype, one.in, one.out, one.count, aligned);
+            case COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH: {
+                cudaError_t error = cudaSuccess;
+                for (uint64_t at = 0; at < one.count && error == cudaSuccess; at += piece) {
+                    const uint64_t count = one.count - at < piece ? one.count - at : piece;
+                    error = launch_one_shot_push(how, g, one.dtype, static_cast<const char*>(one.in) + at * element,
+                                                 static_cast<char*>(one.out) + at * element, count, aligned);
+                }
+                return error;
+            }
             case COMMPLANE_CAR_CUDA_ONE_SHOT_PULL: return launch_one_shot_pull(how, g, one.dtype, row, one.out, one.count);
             case COMMPLANE_CAR_CUDA_TWO_SHOT_PULL: return launch_two_shot_pull(how, g, one.dtype, row, one.count);
-            default: return launch_two_shot_tiled(how, g, one.dtype, one.in, one.out, one.count, aligned);
+            default: return launch_two_shot_push(how, g, one.dtype, one.in, one.out, one.count, aligned);
         }
     });
 }

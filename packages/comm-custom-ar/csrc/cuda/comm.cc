@@ -25,25 +25,26 @@ uint64_t now_ms() {
 uint32_t seen(const uint32_t& word) { return __atomic_load_n(&word, __ATOMIC_ACQUIRE); }
 void say(uint32_t& word, uint32_t value) { __atomic_store_n(&word, value, __ATOMIC_RELEASE); }
 
+// Two on a multiprocessor, as the kernels are bounded; with many ranks their registers allow one.
+uint32_t blocks_of_grid(uint32_t ranks, uint32_t multiprocessors) { return ranks <= 4 ? 2 * multiprocessors : multiprocessors; }
+
 // Where everything lies in a rank's memory. With more ranks each has less room, so that the whole stays about the same.
-Layout lay_out(uint32_t ranks, uint32_t blocks) {
+Layout lay_out(uint32_t ranks, uint32_t multiprocessors) {
     Layout out = {};
     out.ranks = ranks;
-    out.blocks = blocks;
+    out.blocks = blocks_of_grid(ranks, multiprocessors);
+    const uint64_t blocks = out.blocks;
     out.lamport_vecs = ranks <= 2 ? 4096 : ranks <= 4 ? 1024 : 512;
-    out.tile_vecs = ranks <= 2 ? 2048 : ranks <= 4 ? 1024 : 512;
-    out.ring_vecs = 256 * ring_unroll(ranks);
-    out.ring_tiles = 4;
+    out.tile_vecs = ranks <= 2 ? 1024 : ranks <= 4 ? 512 : 256;
     const auto place = [&](uint64_t bytes) {
         const uint64_t here = out.total;
         out.total += (bytes + 4095) / 4096 * 4096;
         return here;
     };
-    out.flags = place(uint64_t(blocks) * 128);
-    out.mailbox = place(uint64_t(blocks) * 2 * ranks * sizeof(Vec));
-    out.lamport = place(uint64_t(blocks) * 2 * ranks * out.lamport_vecs * sizeof(Vec));
-    out.tiles = place(uint64_t(blocks) * kRing * ranks * out.tile_vecs * sizeof(Vec));
-    out.ring = place(uint64_t(blocks) * out.ring_tiles * ranks * out.ring_vecs * sizeof(Vec));
+    out.flags = place(blocks * 128);
+    out.mailbox = place(blocks * 2 * ranks * sizeof(Vec));
+    out.lamport = place(blocks * 2 * (ranks - 1) * out.lamport_vecs * sizeof(Vec));
+    out.tiles = place(blocks * kRing * ranks * out.tile_vecs * sizeof(Vec));
     return out;
 }
 
@@ -57,7 +58,7 @@ int set_up(Comm& comm, const commplane_car_cuda_options& options, unsigned char*
         return fail(COMMPLANE_CAR_EUNSUPPORTED, "this build has no code for compute capability %d.%d: %s", capability, minor, missing);
     }
     Group& group = comm.group;
-    group.layout = lay_out(options.world_size, options.blocks);
+    group.layout = lay_out(options.world_size, options.multiprocessors);
     group.rank = options.rank;
     group.ranks = options.world_size;
     error = cudaHostRegister(options.control, COMMPLANE_CAR_CUDA_CONTROL_BYTES, cudaHostRegisterPortable | cudaHostRegisterMapped);
@@ -142,7 +143,9 @@ int open(const commplane_car_cuda_options& options, Comm** out, unsigned char* h
                     options.world_size);
     }
     if (options.timeout_ns == 0) return fail(COMMPLANE_CAR_EINVAL, "timeout_ns is 0: every wait has to be bounded");
-    if (options.blocks == 0 || options.blocks > 1024) return fail(COMMPLANE_CAR_EINVAL, "wanted 1 to 1024 blocks, found %u", options.blocks);
+    if (options.multiprocessors == 0 || options.multiprocessors > 1024) {
+        return fail(COMMPLANE_CAR_EINVAL, "wanted 1 to 1024 multiprocessors, found %u", options.multiprocessors);
+    }
     if (options.control == nullptr || reinterpret_cast<uint64_t>(options.control) % 4096 != 0) {
         return fail(COMMPLANE_CAR_EINVAL, "the page of control is null or not aligned to 4096 bytes");
     }

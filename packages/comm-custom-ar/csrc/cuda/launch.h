@@ -25,14 +25,8 @@ struct Row {
     void* direct[8];
 };
 
-// A tile of the ring has at most this many vectors for each thread that sends, half of the threads.
-constexpr int ring_unroll(uint32_t ranks) { return ranks <= 2 ? 4 : ranks <= 4 ? 2 : 1; }
-
-// `few`: a thread has at most one vector.
-cudaError_t launch_one_shot_push(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned, bool few);
-cudaError_t launch_one_shot_ring(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned);
-cudaError_t launch_one_shot_tiled(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned);
-cudaError_t launch_two_shot_tiled(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned);
+cudaError_t launch_one_shot_push(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned);
+cudaError_t launch_two_shot_push(const Launch&, const Group&, int dtype, const void* in, void* out, uint64_t count, bool aligned);
 cudaError_t launch_one_shot_pull(const Launch&, const Group&, int dtype, const Row& row, void* out, uint64_t count);
 cudaError_t launch_two_shot_pull(const Launch&, const Group&, int dtype, const Row& row, uint64_t count);
 cudaError_t launch_all_gather(const Launch&, const Group&, const void* in, void* out, uint64_t bytes, bool aligned);

@@ -22,8 +22,7 @@ constexpr int kRing = 4;  // tiles of one source in flight: two that are read, t
 struct BlockState {
     uint32_t calls;
     uint32_t tiles;
-    uint32_t rings;  // tiles of one_shot_ring
-    uint32_t reserved;
+    uint32_t reserved[2];
     uint32_t busy;  // 1 while a kernel is in this block's part: a second one would mix with it
     uint32_t pad[27];
 };
@@ -35,12 +34,9 @@ struct Layout {
     uint32_t tile_vecs;     // of one source and one tile
     uint32_t ranks;
     uint64_t mailbox;  // [block][parity][source]: what the source calls
-    uint64_t flags;    // [block][32] words: tiles of the first phase at [source], of the second at [8 + source], of the ring at [16 + source]
-    uint64_t lamport;  // [block][parity][source][lamport_vecs]
+    uint64_t flags;    // [block][32] words: tiles of the first phase at [source], of the second at [8 + source]
+    uint64_t lamport;  // [block][parity][peer][lamport_vecs]: a rank has no slot for itself
     uint64_t tiles;    // [block][ring][source][tile_vecs]
-    uint32_t ring_vecs;     // of one source and one tile of the ring
-    uint32_t ring_tiles;
-    uint64_t ring;          // [block][ring_tiles][source][ring_vecs]
     uint64_t total;
 };
 

@@ -56,9 +56,6 @@ CAR_FN uint32_t load_relaxed(const uint32_t* at) {
 CAR_FN void store_relaxed(uint32_t* at, uint32_t v) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
-// Within a block.
-CAR_FN uint32_t load_local(const uint32_t* at) { return *static_cast<const volatile uint32_t*>(at); }
-CAR_FN void store_local(uint32_t* at, uint32_t v) { *static_cast<volatile uint32_t*>(at) = v; }
 CAR_FN uint32_t exchange(uint32_t* at, uint32_t v) { return atomicExch(at, v); }
 CAR_FN uint64_t now_ns() {
     uint64_t t;
@@ -84,20 +81,6 @@ struct Block {
                      : "r"(uint32_t(mine)), "r"(threads())
                      : "memory");
         return out != 0;
-    }
-    // A meeting of the first half of them, or of the second.
-    CAR_FN bool any_of_half(uint32_t which, bool mine) const {
-        uint32_t out;
-        asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.red.or.pred q, %2, %3, p; selp.u32 %0, 1, 0, q; }"
-                     : "=r"(out)
-                     : "r"(uint32_t(mine)), "r"(3 + which), "r"(threads() / 2)
-                     : "memory");
-        return out != 0;
-    }
-    // A word of the block's own.
-    CAR_FN uint32_t* shared_word() const {
-        __shared__ uint32_t word;
-        return &word;
     }
     // The control warp waits in `heard_all` until all others have been in `heard`, which does not wait.
     CAR_FN void heard() const { asm volatile("barrier.arrive 2, %0;" ::"r"(blockDim.x) : "memory"); }

@@ -11,8 +11,9 @@
 namespace car {
 namespace gpu {
 
-// T: dtype; N: bound of the ranks, for unrolling; U: vectors of a thread in flight.
-template <class T, int N, int U, class B>
+// T: dtype; N: bound of the ranks, for unrolling. One vector of a thread is under way while the next is loaded and sent: more of
+// them cost registers, and two blocks on a multiprocessor hide more than a longer queue in each does.
+template <class T, int N, class B>
 CAR_FN void one_shot_push(const B& b, const Group& g, const void* in, void* out, uint64_t count, bool aligned) {
     Session<B> s(g, b);
     const uint32_t rank = g.rank, n = g.ranks;
@@ -22,64 +23,48 @@ CAR_FN void one_shot_push(const B& b, const Group& g, const void* in, void* out,
     Vec *to[N], *from[N];
     CAR_UNROLL
     for (int r = 0; r < N; ++r) {
-        to[r] = ready(s.lamport(r < int(n) ? r : rank, rank) + b.thread());
-        from[r] = ready(s.lamport(rank, r < int(n) ? r : rank) + b.thread());
+        const uint32_t peer = r != int(rank) && r < int(n) ? r : (rank + 1) % n;  // an address that exists
+        to[r] = ready(s.lamport(peer, rank) + b.thread());
+        from[r] = ready(s.lamport(rank, peer) + b.thread());
     }
     s.begin();
     if (b.thread() >= b.threads()) return s.control(b.thread() - b.threads(), 0);
 
-    auto send = [&](uint64_t v, uint32_t at, Vec* mine) {
-        CAR_UNROLL
-        for (int u = 0; u < U; ++u) {
-            if (v + u * stride < vecs) mine[u] = load_some<T>(in, (v + u * stride) * T::kPerVec, count, aligned);
-        }
-        CAR_UNROLL
-        for (int u = 0; u < U; ++u) {
-            if (v + u * stride < vecs) {
-                const Vec sent = without_empty(mine[u]);
-                CAR_UNROLL
-                for (int r = 0; r < N; ++r) {
-                    if (r != int(rank) && r < int(n)) store_shared(to[r] + at + u * b.threads(), sent);
-                }
+    const auto send = [&](uint64_t v, uint32_t at) {
+        Vec mine = {{0, 0, 0, 0}};
+        if (v < vecs) {
+            mine = load_some<T>(in, v * T::kPerVec, count, aligned);
+            const Vec sent = without_empty(mine);
+            CAR_UNROLL
+            for (int r = 0; r < N; ++r) {
+                if (r != int(rank) && r < int(n)) store_shared(to[r] + at, sent);
             }
         }
+        return mine;
     };
 
-    Vec mine[U], next[U];
     uint32_t at = s.odd();
-    send(first, at, mine);
+    Vec mine = send(first, at);
     b.heard();
-    for (uint64_t v = first; v < vecs; v += U * stride, at += U * b.threads()) {
-        send(v + U * stride, at + U * b.threads(), next);
-        Vec got[U][N];
+    for (uint64_t v = first; v < vecs; v += stride, at += b.threads()) {
+        const Vec next = send(v + stride, at + b.threads());
+        Vec got[N];
         CAR_UNROLL
-        for (int u = 0; u < U; ++u) {
-            if (v + u * stride < vecs) {
-                CAR_UNROLL
-                for (int r = 0; r < N; ++r) {
-                    if (r == int(rank)) got[u][r] = mine[u];
-                    else if (r < int(n)) got[u][r] = load_shared(from[r] + at + u * b.threads());
-                }
-            }
+        for (int r = 0; r < N; ++r) {
+            if (r == int(rank)) got[r] = mine;
+            else if (r < int(n)) got[r] = load_shared(from[r] + at);
         }
         CAR_UNROLL
-        for (int u = 0; u < U; ++u) {
-            if (v + u * stride < vecs) {
-                CAR_UNROLL
-                for (int r = 0; r < N; ++r) {
-                    if (r != int(rank) && r < int(n)) {
-                        Vec* const slot = from[r] + at + u * b.threads();
-                        Patience patience;
-                        while (has_empty(got[u][r]) && s.wait_on(patience, r)) got[u][r] = load_shared(slot);
-                        const Vec empty = {{kEmpty, kEmpty, kEmpty, kEmpty}};
-                        store(slot, empty);
-                    }
-                }
-                store_some<T>(out, (v + u * stride) * T::kPerVec, count, aligned, sum<T, N>(got[u], n));
+        for (int r = 0; r < N; ++r) {
+            if (r != int(rank) && r < int(n)) {
+                Patience patience;
+                while (has_empty(got[r]) && s.wait_on(patience, r)) got[r] = load_shared(from[r] + at);
+                const Vec empty = {{kEmpty, kEmpty, kEmpty, kEmpty}};
+                store(from[r] + at, empty);
             }
         }
-        CAR_UNROLL
-        for (int u = 0; u < U; ++u) mine[u] = next[u];
+        store_some<T>(out, v * T::kPerVec, count, aligned, sum<T, N>(got, n));
+        mine = next;
     }
 }
 

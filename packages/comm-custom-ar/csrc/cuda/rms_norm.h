@@ -57,8 +57,9 @@ CAR_FN void all_reduce_rms_norm(const B& b, const Group& g, const void* in, cons
     Vec *to[N], *arrived[N];
     CAR_UNROLL
     for (int r = 0; r < N; ++r) {
-        to[r] = ready(s.lamport(r < int(n) ? r : rank, rank));
-        arrived[r] = ready(s.lamport(rank, r < int(n) ? r : rank));
+        const uint32_t peer = r != int(rank) && r < int(n) ? r : (rank + 1) % n;  // an address that exists
+        to[r] = ready(s.lamport(peer, rank));
+        arrived[r] = ready(s.lamport(rank, peer));
     }
     s.begin();
     if (b.thread() >= b.threads()) return s.control(b.thread() - b.threads(), 0);

@@ -35,12 +35,15 @@ CAR_FN Vec without_empty(Vec v) {
 #define CAR_SLOW inline
 #endif
 
+// The first cause of a rank stays; that it stopped because others did is none.
 CAR_SLOW void give_up(const Group& g, uint32_t number, uint32_t status) {
     ControlRank& mine = g.control->rank[g.rank];
-    store_relaxed(&mine.number, number);
-    for (uint32_t i = 0; i < kCallWords; ++i) store_relaxed(&mine.mine[i], g.call[i]);
-    // Threads may come here for several reasons. That others stopped is the least of them.
-    if (status != kStopped || load_relaxed(&mine.status) == 0) store_release(&mine.status, status);
+    const uint32_t before = load_relaxed(&mine.status);
+    if (before == kFine || (before == kStopped && status != kStopped)) {
+        store_relaxed(&mine.number, number);
+        for (uint32_t i = 0; i < kCallWords; ++i) store_relaxed(&mine.mine[i], g.call[i]);
+        store_release(&mine.status, status);
+    }
     store_release(&g.control->stop, 1);
 }
 
@@ -85,40 +88,40 @@ class Session {
         const Vec state = load_shared(&g.state[b.block()]);
         calls = state.w[0];
         tiles = state.w[1];
-        rings = state.w[2];
     }
 
     // All that is not data, by one warp (`lane`) while the others move it: tell the peers what is called here, see that they call the
     // same, and put the state forward by a call and `done` tiles.
     CAR_FN void control(uint32_t lane, uint32_t done) {
         say_call(lane);
-        uint32_t before = 0;
-        if (lane == 0) before = exchange(&g.state[b.block()].busy, 1);
+        bool alone = true;
+        if (lane == 0) alone = is_alone();
         b.heard_all();
         if (lane == 0) {
-            const Vec state = {{calls + 1, tiles + done, rings, 0}};
+            const Vec state = {{calls + 1, tiles + done, 0, 0}};
             store(&g.state[b.block()], state);
         }
         hear_calls(lane);
         if (lane == 0) {
-            if (before != 0) give_up(g, calls + 1, kTwoAtOnce);
+            if (!alone) give_up(g, calls + 1, kTwoAtOnce);
             store_relaxed(&g.state[b.block()].busy, 0);
         }
     }
 
     // The same in three parts, for kernels without a control warp.
     CAR_FN void enter() {
-        if (b.thread() == 0 && exchange(&g.state[b.block()].busy, 1) != 0) {
+        if (b.thread() == 0 && !is_alone()) {
             give_up(g, calls + 1, kTwoAtOnce);
             failed = true;
         }
         say_call(b.thread());
     }
     CAR_FN void agree() { hear_calls(b.thread()); }
-    CAR_FN void leave(uint32_t done, uint32_t done_rings = 0) {
-        if (b.any(failed) || b.thread() != 0) return;
-        const Vec state = {{calls + 1, tiles + done, rings + done_rings, 0}};
-        store(&g.state[b.block()], state);
+    CAR_FN void leave(uint32_t done) {
+        const bool lost = b.any(failed);
+        if (b.thread() != 0) return;
+        const Vec state = {{calls + 1, tiles + done, 0, 0}};
+        if (!lost) store(&g.state[b.block()], state);
         store_relaxed(&g.state[b.block()].busy, 0);
     }
 
@@ -131,19 +134,15 @@ class Session {
         return !failed;
     }
 
-    // What `owner` gets from `source` in calls of even number; that of odd ones begins `odd()` vectors behind it.
+    // What `owner` gets from `source`, another rank, in calls of even number; that of odd ones begins `odd()` vectors behind it.
     CAR_FN Vec* lamport(uint32_t owner, uint32_t source) const {
-        const uint64_t slot = uint64_t(b.block()) * 2 * g.ranks + source;
+        const uint64_t slot = uint64_t(b.block()) * 2 * (g.ranks - 1) + source - (source > owner);
         return reinterpret_cast<Vec*>(g.memory[owner] + g.layout.lamport) + slot * g.layout.lamport_vecs;
     }
-    CAR_FN uint32_t odd() const { return (calls & 1) * g.ranks * g.layout.lamport_vecs; }
+    CAR_FN uint32_t odd() const { return (calls & 1) * (g.ranks - 1) * g.layout.lamport_vecs; }
     CAR_FN Vec* tile(uint32_t owner, uint32_t source, uint32_t number) const {
         const uint64_t slot = (uint64_t(b.block()) * kRing + number % kRing) * g.ranks + source;
         return reinterpret_cast<Vec*>(g.memory[owner] + g.layout.tiles) + slot * g.layout.tile_vecs;
-    }
-    CAR_FN Vec* ring(uint32_t owner, uint32_t source, uint32_t t) const {
-        const uint64_t slot = (uint64_t(b.block()) * g.layout.ring_tiles + (rings + t) % g.layout.ring_tiles) * g.ranks + source;
-        return reinterpret_cast<Vec*>(g.memory[owner] + g.layout.ring) + slot * g.layout.ring_vecs;
     }
     CAR_FN uint32_t* flag(uint32_t owner, uint32_t source, uint32_t phase) const {
         return reinterpret_cast<uint32_t*>(g.memory[owner] + g.layout.flags) + b.block() * 32 + phase * kMaxRanks + source;
@@ -153,10 +152,14 @@ class Session {
     const B& b;
     uint32_t calls = 0;
     uint32_t tiles = 0;
-    uint32_t rings = 0;
     bool failed = false;
 
    private:
+    // Whether no other kernel is in this block's part, nor was since this one looked where it stands.
+    CAR_FN bool is_alone() {
+        const bool free = exchange(&g.state[b.block()].busy, 1) == 0;
+        return free && load_relaxed(&g.state[b.block()].calls) == calls;
+    }
     CAR_FN void say_call(uint32_t r) {
         if (r < g.ranks && r != g.rank) {
             const Vec said = {{g.call[0], g.call[1], g.call[2], calls & 0x7fffffffu}};

@@ -30,11 +30,10 @@ extern "C" {
 typedef struct commplane_car_cuda commplane_car_cuda;
 
 enum commplane_car_cuda_algorithm {
-    COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH = 1, /* up to commplane_car_cuda_capacity bytes */
-    COMMPLANE_CAR_CUDA_ONE_SHOT_RING = 2,
-    COMMPLANE_CAR_CUDA_TWO_SHOT_PUSH = 3,
-    COMMPLANE_CAR_CUDA_ONE_SHOT_PULL = 4, /* inputs that all ranks can read; out of place */
-    COMMPLANE_CAR_CUDA_TWO_SHOT_PULL = 5  /* inputs that all ranks can read; in place */
+    COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH = 1, /* larger messages than the capacity go in pieces */
+    COMMPLANE_CAR_CUDA_TWO_SHOT_PUSH = 2,
+    COMMPLANE_CAR_CUDA_ONE_SHOT_PULL = 3, /* inputs that all ranks can read; out of place */
+    COMMPLANE_CAR_CUDA_TWO_SHOT_PULL = 4  /* inputs that all ranks can read; in place */
 };
 
 /* Which algorithm serves messages of up to max_bytes. */
@@ -51,7 +50,7 @@ typedef struct commplane_car_cuda_options {
     uint32_t rank;
     uint32_t world_size; /* 2..8 */
     int32_t device;      /* CUDA ordinal in this process */
-    uint32_t blocks;     /* most blocks of a grid: the same on all ranks, at most commplane_car_cuda_multiprocessors of any */
+    uint32_t multiprocessors; /* the same on all ranks: the fewest that commplane_car_cuda_device_info gives on any of them */
     uint32_t reserved;
     uint64_t timeout_ns; /* the most that one wait of a kernel may take; 0 is refused */
     void* control;       /* COMMPLANE_CAR_CUDA_CONTROL_BYTES of zeroed memory, page aligned, that all ranks map; stays until close */
@@ -96,7 +95,7 @@ COMMPLANE_CAR_API int commplane_car_cuda_connect(commplane_car_cuda* comm, const
 COMMPLANE_CAR_API int commplane_car_cuda_close(commplane_car_cuda* comm);
 COMMPLANE_CAR_API int commplane_car_cuda_abort(commplane_car_cuda* comm);
 COMMPLANE_CAR_API int commplane_car_cuda_set_timeout(commplane_car_cuda* comm, uint64_t timeout_ns);
-/* Bytes that the communicator has on the device, and the largest message of one_shot_push and of the fused all_reduce_rms_norm. */
+/* Bytes that the communicator has on the device, and the most that one kernel of one_shot_push takes. */
 COMMPLANE_CAR_API int commplane_car_cuda_memory(const commplane_car_cuda* comm, uint64_t* bytes, uint64_t* capacity);
 /* The algorithms of all_reduce by size, sorted; for tensors that only this rank reads (`readable` 0) or that all can (1), outside
  * (`capturing` 0) and inside of a capture. The same on all ranks. The last entry serves all that is larger, too. */
