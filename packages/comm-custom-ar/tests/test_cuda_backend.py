@@ -36,7 +36,7 @@ def opened(link: str = "nvlink", world_size: int = 2, capacity: int = 8 * MIB) -
     """As far as `ranges` and `bind` look."""
     out, row = CudaAllReduce(), tuned.look_up(90, link, world_size)
     assert row is not None
-    out._context, out._row, out._capacity = alone(), tuned.within(row, capacity), capacity
+    out._context, out._row, out._capacity = alone(), row, capacity
     out._native, out._device = SimpleNamespace(), torch.device("cuda:0")  # type: ignore[assignment]
     out._comm = SimpleNamespace(handle=1, fault=lambda: 0)  # type: ignore[assignment]
     return out
@@ -85,10 +85,7 @@ def test_an_open_that_fails_leaves_nothing_and_can_be_closed_twice() -> None:
 def test_the_plan_is_told_what_each_collective_takes_at_each_size() -> None:
     two, four, pcie = opened(), opened(world_size=4, capacity=MIB), opened("pcie", capacity=8 * MIB)
     for capturing in (False, True):
-        assert two.ranges(Collective.ALL_REDUCE, "bfloat16", capturing) == [
-            SizeRange(0, 8 * MIB + 1, "one_shot_push"),
-            SizeRange(8 * MIB + 1, None, "two_shot_push"),
-        ]
+        assert two.ranges(Collective.ALL_REDUCE, "bfloat16", capturing) == [SizeRange(0, None, "one_shot_push")]
         assert two.ranges(Collective.ALL_REDUCE_RMS_NORM, "bfloat16", capturing) == [
             SizeRange(0, 8 * MIB + 1, "fused_one_shot"),
             SizeRange(8 * MIB + 1, None, "all_reduce, then add_rms_norm"),

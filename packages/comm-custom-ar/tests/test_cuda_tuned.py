@@ -66,22 +66,10 @@ def covers(ranges: list[SizeRange], most: int | None) -> None:
 @pytest.mark.parametrize("row", tuned.ROWS, ids=lambda row: f"{row.links[0]}-{row.ranks[0]}")
 @pytest.mark.parametrize("capacity", [4096, 64 << 10, 1 << 20, 8 << 20, 64 << 20])
 def test_what_the_plan_is_told_covers_the_table_without_gap_or_overlap(row: Row, capacity: int) -> None:
-    fitted = tuned.within(row, capacity)
     for capturing in (False, True):
-        choices = fitted.of_staged(capturing=capturing)
-        most = choices[-1].max_bytes
-        assert most == row.of_staged(capturing=capturing)[-1].max_bytes
-        covers(tuned.size_ranges(choices), most)
-        covers(tuned.norm_ranges(choices, capacity), most)
-        pushed = [c.max_bytes for c in choices if c.algorithm == "one_shot_push"]
-        assert all(limit is not None and limit <= capacity for limit in pushed)
-
-
-def test_a_smaller_capacity_moves_only_the_boundary() -> None:
-    row = tuned.look_up(90, "nvlink", 2)
-    assert row is not None
-    shown = tuned.size_ranges(tuned.within(row, 1 << 20).staged)
-    assert shown == [SizeRange(0, (1 << 20) + 1, "one_shot_push"), SizeRange((1 << 20) + 1, None, "two_shot_push")]
+        choices = row.of_staged(capturing=capturing)
+        covers(tuned.size_ranges(choices), choices[-1].max_bytes)
+        covers(tuned.norm_ranges(choices, capacity), choices[-1].max_bytes)
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -90,30 +78,23 @@ def test_any_sorted_table_becomes_ranges_that_serve_each_size_as_the_library_wou
     ends: list[int | None] = sorted(chance.sample(range(1, 1 << 24), chance.randint(1, 6)))  # type: ignore[assignment]
     if chance.random() < 0.5:
         ends[-1] = None
-    pushes = ("one_shot_push", "one_shot_ring", "two_shot_push")
-    capacity = chance.randint(1, 1 << 24)
+    pushes = ("one_shot_push", "two_shot_push")
     row = Row("drawn", (0, 1), ("nvlink",), (2, 2), tuple(Choice(end, chance.choice(pushes)) for end in ends), (), None)
-    choices = tuned.within(row, capacity).staged
-    ranges = tuned.size_ranges(choices)
+    ranges = tuned.size_ranges(row.staged)
     covers(ranges, ends[-1])
-    for nbytes in (0, 1, capacity, capacity + 1, *(e + d for e in ends if e is not None for d in (0, 1))):
+    for nbytes in (0, 1, *(e + d for e in ends if e is not None for d in (0, 1))):
         serving = [r.algorithm for r in ranges if nbytes in r]
         wanted = [one for one in row.staged if one.max_bytes is None or nbytes <= one.max_bytes][:1]
-        by_library = [
-            "two_shot_push" if one.algorithm == "one_shot_push" and nbytes > capacity else one.algorithm for one in wanted
-        ]
-        assert serving == by_library, nbytes
+        assert serving == [one.algorithm for one in wanted], nbytes
 
 
 @pytest.mark.parametrize("algorithm", sorted(abi.ALGORITHMS))
 @pytest.mark.parametrize("row", tuned.ROWS, ids=lambda row: f"{row.links[0]}-{row.ranks[0]}")
 def test_an_algorithm_that_is_asked_for_serves_all_that_it_can(algorithm: str, row: Row) -> None:
-    capacity = 1 << 20
-    forced = tuned.force(row, algorithm, capacity)
+    forced = tuned.force(row, algorithm)
     if algorithm.endswith("_pull"):
         assert forced.staged == row.staged
         assert [forced.of_readable(capturing=c) for c in (False, True)] == [(Choice(None, algorithm),)] * 2
     else:
-        most = capacity if algorithm == "one_shot_push" else None
-        assert [forced.of_staged(capturing=c) for c in (False, True)] == [(Choice(most, algorithm),)] * 2
+        assert [forced.of_staged(capturing=c) for c in (False, True)] == [(Choice(None, algorithm),)] * 2
         assert [forced.of_readable(capturing=c) for c in (False, True)] == [()] * 2

@@ -99,15 +99,15 @@ uint64_t capacity(const Comm& comm) {
     return uint64_t(comm.group.layout.blocks) * comm.group.layout.lamport_vecs * sizeof(Vec);
 }
 
-int all_reduce(Comm& comm, const AllReduce& one, cudaStream_t stream) {
+int all_reduce(Comm& comm, const AllReduce& one, cudaStream_t stream, const commplane_car_call* part_of, uint64_t rest) {
     const Group& g = comm.group;
     const uint64_t element = element_bytes(uint32_t(one.dtype)), bytes = one.count * element, vecs = (bytes + sizeof(Vec) - 1) / sizeof(Vec);
     const bool aligned = is_aligned(one.in) && is_aligned(one.out), capturing = is_capturing(comm, stream);
-    commplane_car_call said = about(COMMPLANE_CAR_KIND_ALL_REDUCE, one.dtype, one.count);
+    commplane_car_call said = part_of != nullptr ? *part_of : about(COMMPLANE_CAR_KIND_ALL_REDUCE, one.dtype, one.count);
     said.op = COMMPLANE_CAR_SUM;
     said.in_place = one.in == one.out;
 
-    uint64_t offset = 0, rest = 0;
+    uint64_t offset = 0;
     const Region* region = comm.region_count != 0 ? find(comm, one.in, bytes, &offset) : nullptr;
     const bool remembered = region == nullptr && capturing && comm.remembering && comm.rows_used < kMostCaptured;
     Way way = {0, 0, 0};
@@ -125,11 +125,11 @@ int all_reduce(Comm& comm, const AllReduce& one, cudaStream_t stream) {
             said.symmetric = 1;
             said.region = region->id;
             said.offset = offset;
-            rest = uint64_t(region->id) << 48 ^ offset;
+            rest = rest * 31 + (uint64_t(region->id) << 48 ^ offset);
         } else {
             row.table = comm.rows + uint64_t(comm.rows_used) * kMaxRanks;
             comm.captured[comm.rows_used++] = {const_cast<void*>(one.in), bytes};
-            rest = comm.rows_used;
+            rest = rest * 31 + comm.rows_used;
         }
     }
     if (way.algorithm == 0) way = choose(comm, false, capturing, bytes);
@@ -183,13 +183,6 @@ int all_reduce_rms_norm(Comm& comm, const void* in, const Norm& norm, int dtype,
     const uint32_t blocks = blocks_for(norm.rows, g.layout.blocks);
     const uint64_t rows_of_block = (norm.rows + blocks - 1) / blocks;
     const bool fused = norm.hidden % per_vec == 0 && row_vecs <= 4 * kThreads && rows_of_block * row_vecs <= g.layout.lamport_vecs;
-    if (!fused || !aligned) {
-        if (fused) return fail(COMMPLANE_CAR_EINVAL, "tensors of all_reduce_rms_norm are not aligned to 16 bytes");
-        if (const int status = all_reduce(comm, {in, norm.norm_out, norm.rows * norm.hidden, dtype}, stream)) return status;
-        const Launch how = {stream, blocks_for(norm.rows, g.layout.blocks * 4), 256, comm.early};
-        const cudaError_t error = launch_add_rms_norm(how, dtype, norm.norm_out, norm, aligned);
-        return error == cudaSuccess ? COMMPLANE_CAR_OK : fail_cuda(error, "add_rms_norm");
-    }
     commplane_car_call said = about(COMMPLANE_CAR_KIND_ALL_REDUCE_RMS_NORM, dtype, norm.rows * norm.hidden);
     said.op = COMMPLANE_CAR_SUM;
     said.hidden = norm.hidden;
@@ -200,6 +193,13 @@ int all_reduce_rms_norm(Comm& comm, const void* in, const Norm& norm, int dtype,
     memcpy(&eps, &norm.eps, 4);
     memcpy(&weight_bias, &norm.weight_bias, 4);
     const uint64_t rest = ((uint64_t(eps) * 0x9e3779b9u + weight_bias) * 0x9e3779b9u) ^ norm.hidden;
+    if (!fused) {
+        if (const int status = all_reduce(comm, {in, norm.norm_out, norm.rows * norm.hidden, dtype}, stream, &said, rest)) return status;
+        const Launch how = {stream, blocks_for(norm.rows, g.layout.blocks * 4), 256, comm.early};
+        const cudaError_t error = launch_add_rms_norm(how, dtype, norm.norm_out, norm, aligned);
+        return error == cudaSuccess ? COMMPLANE_CAR_OK : fail_cuda(error, "add_rms_norm");
+    }
+    if (!aligned) return fail(COMMPLANE_CAR_EINVAL, "tensors of all_reduce_rms_norm are not aligned to 16 bytes");
     const uint32_t threads = row_vecs >= kThreads ? kThreads : uint32_t((row_vecs + 31) / 32 * 32);
     const Launch how = {stream, blocks, threads, comm.early};
     return call(comm, said, 0, rest, stream, [&] { return launch_all_reduce_rms_norm(how, g, dtype, in, norm); });

@@ -15,7 +15,8 @@ struct AllReduce {
 };
 
 // Each queues its kernels on `stream` and returns a status. The caller has entered the communicator and checked the arguments.
-int all_reduce(Comm& comm, const AllReduce& call, cudaStream_t stream);
+// `part_of`: the call that this all-reduce is the first half of, and `rest`, what else of it has to be equal on all ranks.
+int all_reduce(Comm& comm, const AllReduce& call, cudaStream_t stream, const commplane_car_call* part_of = nullptr, uint64_t rest = 0);
 int all_reduce_rms_norm(Comm& comm, const void* in, const Norm& norm, int dtype, cudaStream_t stream);
 int all_gather(Comm& comm, const void* in, void* out, uint64_t count, int dtype, cudaStream_t stream);
 int reduce_scatter(Comm& comm, const AllReduce& call, cudaStream_t stream);

@@ -249,7 +249,8 @@ commplane_car_cuda_detail detail(const Comm& comm) {
     const uint32_t own = comm.group.rank;
     for (uint32_t r = 0; r < comm.group.ranks; ++r) {
         const ControlRank& of = comm.control->rank[r];
-        if (seen(of.gave_up) || seen(of.status)) out.abort_mask |= uint64_t(1) << r;
+        const uint32_t status = seen(of.status);
+        if (seen(of.gave_up) || (status != kFine && status != kStopped)) out.abort_mask |= uint64_t(1) << r;
         // Of other ranks only what they found first counts: that they stopped because others did says nothing.
         if (r != own && seen(of.status) != kTimedOut) continue;
         if (r == own && seen(of.status) == kStopped) continue;

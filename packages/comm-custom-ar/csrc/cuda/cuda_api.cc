@@ -284,6 +284,7 @@ int commplane_car_cuda_choose(commplane_car_cuda* comm, int readable, int captur
 int commplane_car_cuda_register(commplane_car_cuda* comm, void* const* bases, uint64_t bytes, uint32_t id) {
     if (comm == nullptr) return null_comm();
     if (comm->region_count == COMMPLANE_CAR_MAX_REGIONS) return fail(COMMPLANE_CAR_ELIMIT, "%d regions are registered", COMMPLANE_CAR_MAX_REGIONS);
+    if (bases == nullptr) return bad_buffers("addresses are null");
     car::gpu::Region& region = comm->regions[comm->region_count];
     region.id = id;
     region.bytes = bytes;
@@ -325,6 +326,7 @@ int commplane_car_cuda_capture_end(commplane_car_cuda* comm) {
 
 int commplane_car_cuda_captured_count(commplane_car_cuda* comm, uint32_t* count) {
     if (comm == nullptr) return null_comm();
+    if (count == nullptr) return fail(COMMPLANE_CAR_EINVAL, "a place for an answer is null");
     *count = comm->rows_used - comm->rows_filled;
     return COMMPLANE_CAR_OK;
 }
@@ -332,6 +334,7 @@ int commplane_car_cuda_captured_count(commplane_car_cuda* comm, uint32_t* count)
 int commplane_car_cuda_captured(commplane_car_cuda* comm, uint32_t index, void** input, uint64_t* bytes) {
     if (comm == nullptr) return null_comm();
     if (index >= comm->rows_used - comm->rows_filled) return fail(COMMPLANE_CAR_EINVAL, "input %u was not captured", index);
+    if (input == nullptr || bytes == nullptr) return fail(COMMPLANE_CAR_EINVAL, "a place for an answer is null");
     const car::gpu::Captured& one = comm->captured[comm->rows_filled + index];
     *input = one.input;
     *bytes = one.bytes;
@@ -343,6 +346,7 @@ int commplane_car_cuda_fill(commplane_car_cuda* comm, uint32_t index, void* cons
     if (index >= comm->rows_used - comm->rows_filled) return fail(COMMPLANE_CAR_EINVAL, "input %u was not captured", index);
     const OnDevice on(comm->device);
     if (on.status() != 0) return on.status();
+    if (addresses == nullptr) return bad_buffers("addresses are null");
     void* row[car::gpu::kMaxRanks] = {};
     memcpy(row, addresses, comm->group.ranks * sizeof(void*));
     void** const to = comm->rows + uint64_t(comm->rows_filled + index) * car::gpu::kMaxRanks;

@@ -24,7 +24,8 @@ struct BlockState {
     uint32_t tiles;
     uint32_t reserved[2];
     uint32_t busy;  // 1 while a kernel is in this block's part: a second one would mix with it
-    uint32_t pad[27];
+    uint32_t stop;  // some thread of this block has seen that waiting is in vain
+    uint32_t pad[26];
 };
 
 // Of a rank's memory; equal on all ranks. Counts are vectors of 16 bytes, offsets bytes.

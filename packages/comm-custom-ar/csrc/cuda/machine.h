@@ -122,3 +122,7 @@ CAR_FN P* ready(P* p) {
 
 }  // namespace gpu
 }  // namespace car
+
+#if !defined(__CUDACC__)
+#include "host_machine.h"
+#endif

@@ -57,15 +57,20 @@ CAR_SLOW bool same_call(const Group& g, const Vec& heard, uint32_t calls, uint32
     return false;
 }
 
-// Since when this wait lasts, or 0 if it is over in vain.
-CAR_SLOW uint64_t wait_slowly(const Group& g, const Vec* mail, uint32_t calls, uint32_t r, uint64_t since) {
+// Since when this wait lasts, or 0 if it is over in vain. `look`: at the page of control too. That is a read over PCIe, about one
+// microsecond in all for each warp that asks at the same time: thousands of them would hold up the call that they wait in, and with it the peers.
+CAR_SLOW uint64_t wait_slowly(const Group& g, const Vec* mail, BlockState* state, uint32_t calls, uint32_t r, uint64_t since, bool look) {
     // Perhaps what is waited for will never come, because the peer does something else.
     const Vec heard = load_shared(mail);
-    if (!has_empty(heard) && !same_call(g, heard, calls, r)) return 0;
+    if (!has_empty(heard) && !same_call(g, heard, calls, r)) {
+        store_relaxed(&state->stop, 1);
+        return 0;
+    }
     const uint64_t now = now_ns();
     if (since == 0) since = now;
-    const bool stopped = load_relaxed(&g.control->stop) != 0;
+    const bool stopped = load_relaxed(&state->stop) != 0 || (look && load_relaxed(&g.control->stop) != 0);
     if (!stopped && now - since < g.timeout_ns) return since;
+    store_relaxed(&state->stop, 1);
     store_relaxed(&g.control->rank[g.rank].missing[r], 1);
     give_up(g, calls + 1, stopped ? kStopped : kTimedOut);
     return 0;
@@ -129,7 +134,9 @@ class Session {
     CAR_FN bool wait_on(Patience& patience, uint32_t r) {
         if (failed) return false;
         if (++patience.turns & 127) return true;
-        patience.since = wait_slowly(g, mail(g.rank, r), calls, r, patience.since);
+        // A turn takes about half a microsecond. One warp of a block looks about every millisecond for all; the others in case that it has left.
+        const bool look = (patience.turns & (b.thread() < 32 ? 2047u : 65535u)) == 0;
+        patience.since = wait_slowly(g, mail(g.rank, r), &g.state[b.block()], calls, r, patience.since, look);
         failed = patience.since == 0;
         return !failed;
     }

@@ -65,7 +65,7 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
             priority=100,
             options={
                 # auto for what was measured to be the fastest at each size, or one at every size that it serves, for comparisons:
-                # one_shot_push, one_shot_ring, two_shot_push, one_shot_pull or two_shot_pull.
+                # one_shot_push, two_shot_push, one_shot_pull or two_shot_pull.
                 "algorithm": "auto",
                 # Whether inputs of captured calls are read where they are: off, on (an error where torch's memory has no handles)
                 # or auto (staged there).

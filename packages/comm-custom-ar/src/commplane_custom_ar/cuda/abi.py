@@ -16,10 +16,9 @@ CONTROL_BYTES: Final = 4096
 MAX_CHOICES: Final = 32
 ALGORITHMS: Final[dict[str, int]] = {
     "one_shot_push": 1,
-    "one_shot_ring": 2,
-    "two_shot_push": 3,
-    "one_shot_pull": 4,
-    "two_shot_pull": 5,
+    "two_shot_push": 2,
+    "one_shot_pull": 3,
+    "two_shot_pull": 4,
 }
 HOT: Final = ("all_reduce", "barrier", "all_gather", "reduce_scatter", "broadcast", "all_reduce_rms_norm")
 """The collectives, in the order in which the extension module takes their addresses."""
@@ -41,7 +40,7 @@ class Options(ctypes.Structure):
         ("rank", ctypes.c_uint32),
         ("world_size", ctypes.c_uint32),
         ("device", ctypes.c_int32),
-        ("blocks", ctypes.c_uint32),
+        ("multiprocessors", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
         ("timeout_ns", ctypes.c_uint64),
         ("control", ctypes.c_void_p),

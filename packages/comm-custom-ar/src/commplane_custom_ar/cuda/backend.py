@@ -67,7 +67,8 @@ class CudaAllReduce(CommBackend):
         allowed = gate.agree(context)
         shared = allowed.kind == "shared"
         _, capability = device_info(self._native, index)
-        blocks = min(bootstrap.all_gather(_blocks(self._native, index, context.world_size, shared), what="multiprocessors"))
+        share = _multiprocessors(self._native, index, context.world_size, shared)
+        fewest = min(bootstrap.all_gather(share, what="multiprocessors"))
         nbytes = -(-CONTROL_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         self._control = map_together(bootstrap, "page of control", nbytes, 0, nbytes)
         self._comm = CudaComm(
@@ -75,7 +76,7 @@ class CudaAllReduce(CommBackend):
             device=index,
             rank=context.rank,
             world_size=context.world_size,
-            blocks=blocks,
+            multiprocessors=fewest,
             timeout_s=context.timeout,
             control=self._control.base,
         )
@@ -99,8 +100,8 @@ class CudaAllReduce(CommBackend):
             )
         _, self._capacity = self._comm.memory()
         if algorithm != "auto":
-            row = tuned.force(row, algorithm, self._capacity)
-        self._row = row = tuned.within(row, self._capacity)
+            row = tuned.force(row, algorithm)
+        self._row = row
         for capturing in (False, True):
             self._comm.choose(row.of_staged(capturing=capturing), readable=False, capturing=capturing)
             self._comm.choose(row.of_readable(capturing=capturing), readable=True, capturing=capturing)
@@ -291,7 +292,7 @@ def _settings(context: BuildContext) -> tuple[str, str]:
     return context.options["algorithm"], context.options["registered"]
 
 
-def _blocks(native: _native.Native, device: int, world_size: int, shared: bool) -> int:
+def _multiprocessors(native: _native.Native, device: int, world_size: int, shared: bool) -> int:
     """Blocks that are sure to run at once: ranks on one GPU have a part of it each, which MPS may have fixed already."""
     multiprocessors, _ = device_info(native, device)
     if not shared or os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"):

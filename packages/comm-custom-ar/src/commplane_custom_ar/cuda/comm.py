@@ -71,20 +71,20 @@ class CudaComm:
         device: ordinal in this process.
         rank: group rank.
         world_size: number of ranks.
-        blocks: most blocks of a kernel; equal on all ranks.
+        multiprocessors: that its kernels may fill; equal on all ranks.
         timeout_s: the most that one wait of a kernel may take.
         control: address of the page that all ranks map; it stays until `close`.
     """
 
     def __init__(
-        self, native: Native, *, device: int, rank: int, world_size: int, blocks: int, timeout_s: float, control: int
+        self, native: Native, *, device: int, rank: int, world_size: int, multiprocessors: int, timeout_s: float, control: int
     ) -> None:
         options = Options(
             size=ctypes.sizeof(Options),
             rank=rank,
             world_size=world_size,
             device=device,
-            blocks=blocks,
+            multiprocessors=multiprocessors,
             timeout_ns=max(1, int(timeout_s * 1e9)),
             control=control,
         )
@@ -122,7 +122,7 @@ class CudaComm:
         check(self._library.commplane_car_cuda_abort(self.handle))
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that it has on the device, and the largest message of one_shot_push and of the fused norm."""
+        """Bytes that it has on the device, and the the most that one kernel of one_shot_push takes."""
         nbytes, capacity = ctypes.c_uint64(), ctypes.c_uint64()
         check(self._library.commplane_car_cuda_memory(self.handle, ctypes.byref(nbytes), ctypes.byref(capacity)))
         return nbytes.value, capacity.value

@@ -13,7 +13,7 @@ from typing import Final
 
 from commplane.api import SizeRange
 
-__all__ = ["ROWS", "Choice", "Row", "force", "look_up", "norm_ranges", "size_ranges", "within"]
+__all__ = ["ROWS", "Choice", "Row", "force", "look_up", "norm_ranges", "size_ranges"]
 
 _KIB: Final = 1 << 10
 _MIB: Final = 1 << 20
@@ -74,8 +74,8 @@ ROWS: Final[tuple[Row, ...]] = (
         capability=_ANY_CAPABILITY,
         links=_FAST_LINKS,
         ranks=(2, 2),
-        staged=(Choice(8 * _MIB, "one_shot_push"), Choice(None, "two_shot_push")),
-        readable=(Choice(8 * _MIB - 1, "one_shot_push"), Choice(None, "two_shot_pull")),
+        staged=(Choice(None, "one_shot_push"),),
+        readable=(),
         moves=None,
     ),
     Row(
@@ -117,34 +117,18 @@ def look_up(capability: int, link: str, world_size: int) -> Row | None:
     return None
 
 
-def force(row: Row, algorithm: str, capacity: int) -> Row:
+def force(row: Row, algorithm: str) -> Row:
     """`row` with `algorithm` at every size that it can serve, for comparisons.
 
     Args:
         row: of the group.
         algorithm: its name. One that reads the ranks' inputs changes nothing for inputs that it cannot read.
-        capacity: largest message of one_shot_push.
     """
     if algorithm.endswith("_pull"):
         only = (Choice(None, algorithm),)
         return replace(row, readable=only, readable_graph=None)
-    only = (Choice(capacity if algorithm == "one_shot_push" else None, algorithm),)
+    only = (Choice(None, algorithm),)
     return replace(row, staged=only, staged_graph=None, readable=(), readable_graph=None)
-
-
-def within(row: Row, capacity: int) -> Row:
-    """`row` with one_shot_push up to `capacity` bytes only: above, two_shot_push takes what was its."""
-
-    def cut(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
-        out: list[Choice] = []
-        for one in choices:
-            reaches = one.algorithm == "one_shot_push" and (one.max_bytes is None or one.max_bytes > capacity)
-            if reaches and (not out or (out[-1].max_bytes or 0) < capacity):
-                out.append(replace(one, max_bytes=capacity))
-            out.append(Choice(one.max_bytes, "two_shot_push") if reaches else one)
-        return tuple(out)
-
-    return replace(row, staged=cut(row.staged), staged_graph=None if row.staged_graph is None else cut(row.staged_graph))
 
 
 def size_ranges(choices: Sequence[Choice]) -> list[SizeRange]:
