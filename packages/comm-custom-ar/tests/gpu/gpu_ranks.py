@@ -1,0 +1,384 @@
+"""Processes as ranks on GPUs, kept between tests: to start torch and CUDA costs more than most tests.
+
+One rank a GPU where there are enough, else all ranks on GPU 0 under an MPS daemon of this run. No setting of a GPU is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import commplane
+from commplane.runtime import Communicator, Plane
+from commplane.testing import PluginHost, without_canary
+from commplane_custom_ar import plugin
+
+GPUS = torch.cuda.device_count()  # through NVML: this process makes no context
+MPS_CONTROL = shutil.which("nvidia-cuda-mps-control")
+WANTED = tuple(int(n) for n in os.environ.get("GPU_TEST_RANKS", "2,3,4").split(","))
+"""Sizes of groups; GPU_TEST_RANKS=2,3,4,8 for more."""
+
+TIMEOUT_S = 10.0
+STARTUP_S = 60.0
+_LIMIT_S = 100.0
+_GRACE_S = 15.0
+_PR_SET_PDEATHSIG = 1
+
+
+def needs_gpu() -> list[pytest.MarkDecorator]:
+    """The marks of a module of this folder."""
+    return [
+        pytest.mark.gpu,
+        pytest.mark.timeout(170),
+        pytest.mark.skipif(GPUS == 0, reason="wants a CUDA device, this machine shows none"),
+    ]
+
+
+def sizes(least: int = 2, most: int = 8) -> list[Any]:
+    """A case for each size of a group, skipped with the reason where this machine has no place for it."""
+    out = []
+    for n in [n for n in WANTED if least <= n <= most] or [least]:
+        problem = misplaced(n)
+        out.append(pytest.param(n, id=f"{n}-ranks", marks=[pytest.mark.skipif(problem is not None, reason=problem or "")]))
+    return out
+
+
+def misplaced(size: int) -> str | None:
+    """Why there is no place for `size` ranks here."""
+    if size <= GPUS or (GPUS and MPS_CONTROL):
+        return None
+    return f"wants {size} GPUs, or one and nvidia-cuda-mps-control; found {GPUS} GPUs and {MPS_CONTROL or 'no such command'}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank is started with."""
+
+    rank: int
+    world_size: int
+    port: int
+    ordinal: int
+    env: Mapping[str, str]
+    config: Mapping[str, Any]
+    log: str
+
+
+@dataclass
+class Rank:
+    """What a function of a test is given."""
+
+    job: Job
+    store: Any
+    plane: Plane
+    comms: dict[str, Communicator] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return self.job.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.job.world_size
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.job.ordinal)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all ranks are on one GPU."""
+        return "CUDA_MPS_PIPE_DIRECTORY" in self.job.env
+
+    def form(self, name: str, ranks: list[int] | None = None, **options: Any) -> Communicator:
+        """A new communicator of custom_ar; `options` are its own settings. Collective over `ranks`."""
+        with without_canary():
+            comm = self.plane.communicator(
+                name, ranks, device=str(self.device), backends=["custom_ar"], options={"custom_ar": options}
+            )
+        if comm.plan.backends[0] != "custom_ar":
+            raise AssertionError(f"custom_ar is not in the plan: {[(c.name, c.state, c.reason) for c in comm.plan.candidates]}")
+        return comm
+
+    def comm(self, **options: Any) -> Communicator:
+        """The communicator over all ranks with these settings: made by the first call, kept for later ones. Collective."""
+        name = "_".join(["tp", *(f"{k}_{v}" for k, v in sorted(options.items()))])
+        known = self.comms.get(name)
+        if known is None or known.closed:
+            known = self.comms[name] = self.form(name, **options)
+        return known
+
+
+def custom_ar_alone() -> PluginHost:
+    """This wheel's plugin and core's own."""
+    out = PluginHost()
+    out.register(plugin, "custom_ar", dist="commplane-custom-ar", version="0.1.0")
+    return out
+
+
+def main(connection: Connection, job: Job) -> None:
+    """Serve until the other end closes. The first message back says whether the rank came up."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.update(job.env)  # CUDA reads them when it is first used, which is below
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    rank: Rank | None = None
+
+    def start() -> None:
+        nonlocal rank
+        from torch.distributed import TCPStore
+
+        torch.cuda.set_device(job.ordinal)
+        store = TCPStore("127.0.0.1", job.port, is_master=False)
+        plane = commplane.init(
+            store=store, rank=job.rank, world_size=job.world_size, config=job.config, plugins=custom_ar_alone()
+        )
+        rank = Rank(job, store, plane)
+
+    connection.send(answer(start))
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            break
+        connection.send(answer(lambda: function(rank, *args)))  # noqa: B023  called before the next round
+    if rank is not None:
+        rank.plane.close()
+
+
+def answer(call: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"result": call()}
+    except BaseException as error:  # whatever it is, the test looks at it
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        return {"kinds": kinds, "message": str(error), "trace": trace}
+
+
+class RankFailed(AssertionError):
+    """Ranks failed in a function of a test; the text has the reason of each."""
+
+
+class World:
+    """`size` processes as ranks, on GPUs of their own or under MPS on one."""
+
+    def __init__(self, size: int, mps: Mapping[str, str] | None, cache: str, **config: Any) -> None:
+        from torch.distributed import TCPStore
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "commplane", "commplane.testing", "commplane.ops"])
+        self.size, self.usable = size, True
+        self._folder = tempfile.TemporaryDirectory(prefix="commplane-gpu-")
+        settings = {"timeout": TIMEOUT_S, "startup_timeout": STARTUP_S, "flight_dir": self._folder.name, **config}
+        env = {"XDG_CACHE_HOME": cache, **(mps or {})}
+        if mps:
+            env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(100 // size)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._processes: list[Any] = []
+        self._connections: list[Any] = []
+        self._logs = [f"{self._folder.name}/rank{rank}.log" for rank in range(size)]
+        for rank, log in enumerate(self._logs):
+            ours, theirs = context.Pipe()
+            job = Job(rank, size, self._store.port, 0 if mps else rank, env, settings, log)
+            process = context.Process(target=main, args=(theirs, job), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        try:
+            self._require(self._gather(_LIMIT_S), "the start of the ranks")
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, function: Callable[..., Any], *args: Any, limit: float = _LIMIT_S) -> list[Any]:
+        """``function(rank, *args)``, a module-level function, on every rank: the results, by rank. RankFailed if one failed."""
+        return self._require(self.outcomes(function, *args, limit=limit), function.__name__)
+
+    def outcomes(
+        self, function: Callable[..., Any], *args: Any, limit: float = _LIMIT_S, without: Collection[int] = ()
+    ) -> list[dict[str, Any]]:
+        """How the function ended on each rank: what `answer` says, or ``{"died": exit code}``, or ``{"hung": log}``."""
+        for connection in self._connections:
+            with contextlib.suppress(BrokenPipeError):  # a process that has ended is found below
+                connection.send((function, args))
+        return self._gather(limit, without)
+
+    def _gather(self, limit: float, without: Collection[int] = ()) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + limit
+        answers: dict[int, dict[str, Any]] = {}
+        waiting = dict(enumerate(self._connections))
+        while waiting.keys() - set(without) and (left := deadline - time.monotonic()) > 0:
+            for ready in wait_for(list(waiting.values()), left):
+                rank = next(r for r, connection in waiting.items() if connection is ready)
+                del waiting[rank]
+                answers[rank] = self._receive(rank)
+                if "result" not in answers[rank]:  # the others now wait for it in vain
+                    deadline = min(deadline, time.monotonic() + TIMEOUT_S + _GRACE_S)
+        for rank in waiting:
+            answers[rank] = {"hung": self._end(rank)}
+        self.usable &= all("result" in one for one in answers.values())
+        return [answers[rank] for rank in range(self.size)]
+
+    def _receive(self, rank: int) -> dict[str, Any]:
+        try:
+            said: dict[str, Any] = self._connections[rank].recv()
+        except (EOFError, ConnectionResetError):
+            self._processes[rank].join(10)
+            return {"died": self._processes[rank].exitcode, "trace": self._tail(rank)}
+        return said
+
+    def _require(self, outcomes: list[dict[str, Any]], what: str) -> list[Any]:
+        bad = {rank: one for rank, one in enumerate(outcomes) if "result" not in one}
+        if bad:
+            lines = "\n".join(f"--- rank {rank}: {one.get('trace') or one}" for rank, one in bad.items())
+            raise RankFailed(f"{len(bad)} of {self.size} ranks failed in {what}\n{lines}")
+        return [one["result"] for one in outcomes]
+
+    def _tail(self, rank: int) -> str:
+        log = Path(self._logs[rank])
+        return "\n".join(log.read_text(errors="replace").splitlines()[-60:]) if log.exists() else ""
+
+    def _end(self, rank: int) -> str:
+        """End a process that hangs; where its threads were."""
+        process = self._processes[rank]
+        for number in (signal.SIGCONT, signal.SIGABRT):  # the fault handler writes the stacks on SIGABRT
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+        process.join(5)
+        process.kill()
+        process.join()
+        return self._tail(rank)
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to the process of a rank."""
+        os.kill(self._processes[rank].pid, number)
+
+    def close(self) -> None:
+        """End all processes: those of a world that is in order leave together, others are killed. Idempotent."""
+        for connection in self._connections:
+            connection.close()
+        deadline = time.monotonic() + (20 if self.usable else 2)
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        self._folder.cleanup()
+
+
+class Mps:
+    """An MPS daemon with folders of its own."""
+
+    def __init__(self) -> None:
+        assert MPS_CONTROL is not None
+        self._folder = tempfile.mkdtemp(prefix="mps-", dir="/tmp")  # short: there is a socket in it
+        self.env = {"CUDA_MPS_PIPE_DIRECTORY": f"{self._folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{self._folder}/log"}
+        for folder in self.env.values():
+            Path(folder).mkdir()
+        self._run(["-d"], None)
+
+    def _run(self, arguments: list[str], text: str | None) -> None:
+        assert MPS_CONTROL is not None
+        # Not captured: the daemon would keep the pipe open, and this would wait for its end.
+        subprocess.run(
+            [MPS_CONTROL, *arguments],
+            env={**os.environ, **self.env},
+            input=text,
+            stdin=None if text is not None else subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+
+    def stop(self) -> None:
+        """End the daemon and its server."""
+        try:
+            self._run([], "quit\n")
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Worlds:
+    """The shared worlds of a run, one for each size, started when first wanted and again after a failure."""
+
+    def __init__(self) -> None:
+        self._worlds: dict[int, World] = {}
+        self._mps: Mps | None = None
+        self._cache = tempfile.TemporaryDirectory(prefix="commplane-gpu-cache-")  # of the proof that memory goes everywhere
+
+    def get(self, size: int) -> World:
+        """The shared world of that size."""
+        world = self._worlds.get(size)
+        if world is None or not world.usable:
+            if world is not None:
+                world.close()
+            self._worlds[size] = world = self._start(size)
+        return world
+
+    def _start(self, size: int, **config: Any) -> World:
+        if size > GPUS and self._mps is None:
+            self._mps = Mps()
+        return World(size, self._mps.env if size > GPUS and self._mps else None, self._cache.name, **config)
+
+    @contextlib.contextmanager
+    def fresh(self, size: int, *, kills: bool = False, **config: Any) -> Iterator[World]:
+        """A world of its own, for a test that loses ranks. `kills`: processes are killed, after which MPS is started again."""
+        if kills and size > GPUS:
+            self.close_worlds()
+        world = self._start(size, **config)
+        try:
+            yield world
+        finally:
+            world.close()
+            if kills and size > GPUS:
+                self._stop_mps()
+
+    def env(self, size: int) -> dict[str, str]:
+        """Variables for processes that a test starts itself: with MPS where `size` ranks share a GPU."""
+        if size > GPUS and self._mps is None:
+            self._mps = Mps()
+        mps = {**self._mps.env, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // size)} if size > GPUS and self._mps else {}
+        return {"XDG_CACHE_HOME": self._cache.name, **mps}
+
+    def close_worlds(self) -> None:
+        worlds, self._worlds = self._worlds, {}
+        for world in worlds.values():
+            world.close()
+
+    def _stop_mps(self) -> None:
+        mps, self._mps = self._mps, None
+        if mps is not None:
+            mps.stop()
+
+    def close(self) -> None:
+        """End everything, whatever happened."""
+        try:
+            self.close_worlds()
+        finally:
+            self._stop_mps()
+            self._cache.cleanup()
