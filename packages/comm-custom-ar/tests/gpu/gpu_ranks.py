@@ -192,7 +192,7 @@ class World:
         self.size, self.usable = size, True
         self._folder = tempfile.TemporaryDirectory(prefix="commplane-gpu-")
         settings = {"timeout": TIMEOUT_S, "startup_timeout": STARTUP_S, "flight_dir": self._folder.name, **config}
-        env = {"XDG_CACHE_HOME": cache, **(mps or {})}
+        env = {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1", **(mps or {})}
         if mps:
             env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(100 // size)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -328,6 +328,7 @@ class Worlds:
 
     def __init__(self) -> None:
         self._worlds: dict[int, World] = {}
+        self._short: dict[tuple[int, float], World] = {}
         self._mps: Mps | None = None
         self._cache = tempfile.TemporaryDirectory(prefix="commplane-gpu-cache-")  # of the proof that memory goes everywhere
 
@@ -358,6 +359,16 @@ class Worlds:
             if kills and size > GPUS:
                 self._stop_mps()
 
+    @contextlib.contextmanager
+    def short(self, size: int, timeout: float) -> Iterator[World]:
+        """A world whose kernels wait no longer than `timeout` seconds; kept, for tests after which a new communicator works."""
+        known = self._short.get((size, timeout))
+        if known is None or not known.usable:
+            if known is not None:
+                known.close()
+            known = self._short[size, timeout] = self._start(size, timeout=timeout, run_timeout=timeout, startup_timeout=30.0)
+        yield known
+
     def env(self, size: int) -> dict[str, str]:
         """Variables for processes that a test starts itself: with MPS where `size` ranks share a GPU."""
         if size > GPUS and self._mps is None:
@@ -366,8 +377,9 @@ class Worlds:
         return {"XDG_CACHE_HOME": self._cache.name, **mps}
 
     def close_worlds(self) -> None:
-        worlds, self._worlds = self._worlds, {}
-        for world in worlds.values():
+        worlds = [*self._worlds.values(), *self._short.values()]
+        self._worlds, self._short = {}, {}
+        for world in worlds:
             world.close()
 
     def _stop_mps(self) -> None:
