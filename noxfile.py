@@ -246,6 +246,13 @@ def soak(session: nox.Session) -> None:
     session.run("python", str(package.folder / "tests" / "soak.py"), *session.posargs)
 
 
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """On a machine with GPUs, with what is installed there: tests, kit, compute-sanitizer; `-- --no-sanitize --no-kit`."""
+    # Nothing is installed: torch there is the machine's, and there may be no network. See docs/gpu.md.
+    session.run("python", "tools/gpu_tests.py", *session.posargs, external=True)
+
+
 @nox.session
 def dist_check(session: nox.Session) -> None:
     """Wheels and source distributions: metadata, contents, tags, and what the native library exports."""

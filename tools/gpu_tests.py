@@ -1,0 +1,79 @@
+"""What is run on a machine with GPUs: the tests marked gpu, the kit on cuda, compute-sanitizer. Ends with 1 if any part fails.
+
+python tools/gpu_tests.py [--no-sanitize] [--no-kit] [options of pytest]    with the Python that has torch and the wheels
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KIT = ("--pyargs", "commplane_conformance", "--commplane-device=cuda", "-q", "-p", "no:cacheprovider")
+MARKS = "mark.gpu", "needs_gpu()"
+SKIPPED = "--no-sanitize", "--no-kit"
+
+
+def gpus() -> int:
+    """How many CUDA devices torch sees. In a process of its own."""
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return int(done.stdout)
+
+
+def parts(options: list[str], count: int) -> list[tuple[str, list[str], str]]:
+    """What to run: its name, the command, and where."""
+    # Only modules that have such tests: others may want what is not installed there.
+    modules = sorted(ROOT.glob("packages/*/tests/**/test_*.py"))
+    tests = [str(path) for path in modules if any(mark in path.read_text(encoding="utf-8") for mark in MARKS)]
+    rest = [option for option in options if option not in SKIPPED]
+    out = [("tests", [sys.executable, "-m", "pytest", "-m", "gpu", *tests, *rest], str(ROOT))]
+    if "--no-kit" not in options and count >= 2:
+        for name in ("torch", "custom_ar"):
+            # From an empty folder, as the kit wants it.
+            command = [sys.executable, "-m", "pytest", *KIT, f"--commplane-backend={name}", f"--commplane-ranks={ranks(count)}"]
+            out.append((f"kit, {name}", command, ""))
+    if "--no-sanitize" not in options and count >= 2:
+        if shutil.which("compute-sanitizer"):
+            out.append(("compute-sanitizer", [sys.executable, str(ROOT / "tools" / "gpu_sanitize.py")], str(ROOT)))
+        else:
+            out.append(("compute-sanitizer", ["compute-sanitizer", "--version"], str(ROOT)))  # which fails with its own words
+    return out
+
+
+def ranks(count: int) -> str:
+    """Sizes of the kit's groups: one rank a GPU."""
+    return ",".join(str(n) for n in (2, 3, 4) if n <= count)
+
+
+def main(options: list[str]) -> int:
+    """Each part in turn, also after one that failed."""
+    count = gpus()
+    if count == 0:
+        print("wanted a CUDA device, torch sees none: nothing was run")
+        return 1
+    failed = []
+    for name, command, where in parts(options, count):
+        begun = time.monotonic()
+        print(f"--- {name}: {' '.join(command)}", flush=True)
+        with tempfile.TemporaryDirectory() as empty:
+            try:
+                code = subprocess.run(command, cwd=where or empty, check=False).returncode
+            except FileNotFoundError as error:
+                print(error, flush=True)
+                code = 127
+        print(f"--- {name}: exit code {code}, {time.monotonic() - begun:.0f} s", flush=True)
+        if code:
+            failed.append(name)
+    if count < 2:
+        print("one GPU: the kit and compute-sanitizer want two")
+    print(f"failed: {', '.join(failed)}" if failed else "all well")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
