@@ -3,8 +3,8 @@
 // The machine of machine.h for g++: threads stand in for those of a block, so the kernels themselves run in tests without a GPU.
 //
 // Memory of a communicator is accessed word by word with relaxed atomics, so a vector tears as it may between GPUs, and a thread
-// sanitizer has nothing to say there. All else is plain, and so are tiles where a thread sanitizer looks: that flags and meetings
-// order them is then proved by its silence. Not modelled: the order of memory of a GPU, which is weaker than that of the host (the
+// sanitizer has nothing to say there. All else is plain, and so are tiles where that is asked for: that flags and meetings order
+// them is then proved by the silence of a thread sanitizer. Not modelled: the order of memory of a GPU, which is weaker than that of the host (the
 // models in tests/ are for that), launches that overlap, and warps.
 #pragma once
 
@@ -28,14 +28,12 @@ struct HostMemory {
     uint64_t bytes = 0;
     uint64_t tiles = 0;  // where they begin in a rank's memory; they are its last part
     uint32_t ranks = 0;
+    bool plain_tiles = false;  // only where no kernel gives up: what is in flight then is in nobody's order
 
     bool has_words(const void* at) const {
         const auto* const p = static_cast<const unsigned char*>(at);
         if (p < head || p >= base + bytes * ranks) return false;
-#if defined(__SANITIZE_THREAD__)
-        if (p >= base) return uint64_t(p - base) % bytes < tiles;
-#endif
-        return true;
+        return !plain_tiles || p < base || uint64_t(p - base) % bytes < tiles;
     }
 };
 

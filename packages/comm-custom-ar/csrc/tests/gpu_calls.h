@@ -95,7 +95,10 @@ class GpuCall {
     GpuCall(const GpuOptions& options, const Plan& plan) : options_(options), plan_(plan), ranks_(options.ranks) {
         const uint64_t n = ranks_, width = element();
         const bool moves = plan.kind == Kind::all_gather || plan.kind == Kind::broadcast;
-        if (plan.kind == Kind::rms_norm) plan_.count = plan.rows * plan.hidden;
+        if (plan.kind == Kind::rms_norm) {
+            plan_.count = plan.rows * plan.hidden;
+            plan_.fill = Fill::integers;  // a row with anything that is no number has no norm to compare
+        }
         const uint64_t own = plan_.count * width;
         const uint64_t in_bytes = plan.kind == Kind::reduce_scatter ? own * n : own;
         const uint64_t out_bytes = plan.kind == Kind::all_gather ? own * n : own;
@@ -115,7 +118,6 @@ class GpuCall {
             for (uint32_t r = 0; r < n; ++r) residual_out_.emplace_back(own, 0);
             residual_.emplace_back(own, 0);
             residual_.emplace_back(plan.hidden * width, 0);  // the weight
-            plan_.fill = Fill::integers;  // of what is only added here
             for (Buffer& one : residual_) fill(one, random, false);
         }
     }
@@ -139,7 +141,7 @@ class GpuCall {
         };
         switch (p.kind) {
             case Kind::one_shot_push: {
-                grid.control = ranks_;
+                grid.control = ranks_ + 1;  // one to talk with each rank, and one that keeps the state
                 const uint64_t most = p.blocks < options_.blocks ? p.blocks : options_.blocks;
                 const uint64_t wanted = (vecs + grid.data - 1) / grid.data, blocks = wanted < most ? (wanted > 0 ? wanted : 1) : most;
                 const uint64_t piece = blocks * (options_.lamport_vecs / grid.data * grid.data) * (16 / element());
@@ -185,7 +187,7 @@ class GpuCall {
             }
             case Kind::barrier: return add(1, [](const HostBlock& b, const Group& g) { car::gpu::barrier(b, g); });
             case Kind::rms_norm: {
-                grid.control = ranks_;
+                grid.control = ranks_ + 1;  // one to talk with each rank, and one that keeps the state
                 const car::gpu::Norm norm = {residual_[0].data(), residual_[1].data(), out, residual_out_[rank].data(),
                                              p.rows, uint32_t(p.hidden), kEps, kBias};
                 const bool few = p.hidden * element() <= uint64_t(grid.data) * 16;
