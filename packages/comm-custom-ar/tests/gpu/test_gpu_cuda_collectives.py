@@ -104,13 +104,13 @@ def test_gather_scatter_and_broadcast_move_every_bit_to_its_place(world: World, 
 
 
 def late(rank: Rank, culprit: int) -> float:
-    """How long a barrier took where one rank comes 0.3 s late."""
+    """How long a barrier took where one rank comes 0.5 s late."""
     import time
 
     tp = rank.comm()
     tp.barrier()
     if rank.rank == culprit:
-        time.sleep(0.3)
+        time.sleep(0.5)
     before = time.monotonic()
     tp.barrier()
     return time.monotonic() - before
@@ -120,7 +120,7 @@ def late(rank: Rank, culprit: int) -> float:
 def test_a_barrier_waits_for_the_last_rank(world: World, size: int) -> None:
     took = world.run(late, size - 1)
     # A rank that was let through before the last came would have waited for nearly nothing.
-    assert all(t > 0.2 for t in took[:-1]), took
+    assert all(t > 0.1 for t in took[:-1]), took
 
 
 def two_at_once(rank: Rank) -> None:

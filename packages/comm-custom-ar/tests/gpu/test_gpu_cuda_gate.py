@@ -16,8 +16,9 @@ from commplane.testing import run_processes
 pytestmark = needs_gpu()
 
 
-def asks(store: Any, rank: int, world_size: int, ordinal: int, backends: list[str]) -> dict[str, Any]:
-    """A communicator with the canary, as a user makes it; the plan in words, and warnings."""
+def asks(store: Any, rank: int, world_size: int, ordinal: int | None, backends: list[str]) -> dict[str, Any]:
+    """A communicator with the canary, as a user makes it, on that device or the rank's own; the plan in words, and warnings."""
+    ordinal = rank if ordinal is None else ordinal
     torch.cuda.set_device(ordinal)
     config = {"timeout": 10, "startup_timeout": 60}
     with warnings.catch_warnings(record=True) as caught:
@@ -37,7 +38,7 @@ def asks(store: Any, rank: int, world_size: int, ordinal: int, backends: list[st
     return said
 
 
-def ask(env: Any, ordinal: int, backends: list[str]) -> list[dict[str, Any]]:
+def ask(env: Any, ordinal: int | None, backends: list[str]) -> list[dict[str, Any]]:
     outcomes = run_processes(2, asks, ordinal, backends, env=env, timeout=160)
     for o in outcomes:
         assert o.error is None and o.returncode == 0, o.output
@@ -68,6 +69,22 @@ def test_two_ranks_on_one_gpu_without_mps_are_refused_with_the_way_out(tmp_path:
         assert [len(t) for t in told] == [1 if named else 0, 0], told
         if named:
             assert "'tp' over [0, 1]" in told[0][0] and "custom_ar" in told[0][0], told
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"wants 2 GPUs, torch sees {GPUS}")
+@pytest.mark.parametrize("named", [True, False], ids=["asked for", "by default"])
+def test_a_refusal_is_one_warning_in_the_group_if_it_was_asked_for_and_nccl_goes_on(worlds: Worlds, named: bool) -> None:
+    def env(rank: int) -> dict[str, str]:
+        return {**worlds.env(2), "COMMPLANE_HOST_ALIAS": f"host{rank}"}
+
+    said = ask(env, None, ["custom_ar"] if named else [])
+    for one in said:
+        assert one["backends"] == ["torch"], one
+        assert "spans hosts" in one["reason"], one
+    told = [one["warnings"] for one in said]
+    assert [len(t) for t in told] == [1 if named else 0, 0], told
+    if named:
+        assert "'tp' over [0, 1]" in told[0][0] and "spans hosts" in told[0][0], told
 
 
 def link(rank: Any) -> list[str]:
