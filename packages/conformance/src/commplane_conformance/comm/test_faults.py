@@ -49,8 +49,9 @@ def told(rank: Rank, comm: Communicator, what: str, victim: int) -> dict[str, ob
         began = time.monotonic()
         try:
             _CALLS[what][1](rank, comm)
-            if rank.device.type == "cuda":  # a call there only queues the work
+            if rank.device.type == "cuda":  # a call there only queues the work: what became of it is told by the next
                 torch.cuda.synchronize()
+                _CALLS[what][1](rank, comm)
         except errors.PeerError as error:
             said[step] = {"missing": list(error.missing_ranks), "seconds": time.monotonic() - began, "text": str(error)}
         else:

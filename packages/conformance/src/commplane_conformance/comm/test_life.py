@@ -35,7 +35,7 @@ from commplane.config import Config
 from commplane.plugins import PluginHost
 host = PluginHost.discover(Config.load({}))
 host.require([sys.argv[1]])
-print(json.dumps(host.backends()[sys.argv[1]].spec.api))
+print(json.dumps(host.backends(sys.argv[3])[sys.argv[1]].spec.api))
 """
 
 
@@ -43,7 +43,7 @@ print(json.dumps(host.backends()[sys.argv[1]].spec.api))
 def test_the_api_number_is_a_literal(subject: Subject) -> None:
     made_for = subject.spec.api
     later = (made_for[0], made_for[1] + 1)
-    command = [sys.executable, "-c", _DECLARED_LATER, subject.name, json.dumps(later)]
+    command = [sys.executable, "-c", _DECLARED_LATER, subject.name, json.dumps(later), subject.device]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, f"the plugin cannot be read under a later comm API: {done.stderr}"
     found = tuple(json.loads(done.stdout.splitlines()[-1]))

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -76,7 +77,13 @@ def test_the_thread_may_change_between_calls(world: World) -> None:
 def side_by_side(rank: Rank, calls: int) -> None:
     """Each thread has a communicator of its own."""
     comms = [rank.form(f"conformance_thread_{i}") for i in range(3)]
-    join_all([in_thread(lambda i=i, c=c: sums(rank, c, calls, 1000 * i)) for i, c in enumerate(comms)])  # type: ignore[misc]
+
+    def work(i: int, comm: Communicator) -> None:
+        # Kernels of one stream run in the order in which they were launched, which between threads is another on each rank.
+        with torch.cuda.stream(torch.cuda.Stream()) if rank.device.type == "cuda" else nullcontext():  # type: ignore[no-untyped-call]
+            sums(rank, comm, calls, 1000 * i)
+
+    join_all([in_thread(lambda i=i, c=c: work(i, c)) for i, c in enumerate(comms)])  # type: ignore[misc]
     for comm in comms:
         comm.close()
 
