@@ -43,8 +43,14 @@ def settled(tp: Communicator, call: Callable[[], object]) -> dict[str, Any]:
 def calls_of(rank: Rank, tp: Communicator) -> dict[str, Callable[[], object]]:
     x = torch.ones(64, 1024, dtype=torch.bfloat16, device=rank.device)
     weight = torch.ones(1024, dtype=torch.bfloat16, device=rank.device)
+
+    def ten_times() -> None:
+        for step in range(10):
+            tp.all_reduce(x[: 6 * step + 1])
+
     return {
         "all_reduce": lambda: tp.all_reduce(x),
+        "all_reduce ten times": ten_times,
         "all_reduce large": lambda: tp.all_reduce(torch.ones(12_000_000, dtype=torch.bfloat16, device=rank.device)),
         "all_reduce_rms_norm": lambda: tp.all_reduce_rms_norm(x, x, weight),
         "all_gather": lambda: tp.all_gather(x),
@@ -76,7 +82,10 @@ def misses_a_call(rank: Rank, culprit: int, kind: str, options: dict[str, Any]) 
     return out
 
 
-@pytest.mark.parametrize("kind", ["all_reduce", "all_reduce large", "all_reduce_rms_norm", "all_gather", "broadcast", "barrier"])
+KINDS = ["all_reduce", "all_reduce ten times", "all_reduce large", "all_reduce_rms_norm", "all_gather", "broadcast", "barrier"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", sizes(most=3))
 def test_a_rank_that_does_not_come_is_named_and_all_can_begin_anew(worlds: Worlds, size: int, kind: str) -> None:
     check_missing(worlds, size, kind, {})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_ranks import GPUS, World, Worlds, custom_ar_alone, needs_gpu, sizes
+from gpu_ranks import GPUS, Rank, World, Worlds, custom_ar_alone, needs_gpu, sizes
 
 import commplane
 from commplane import errors
@@ -87,14 +87,16 @@ def test_a_refusal_is_one_warning_in_the_group_if_it_was_asked_for_and_nccl_goes
         assert "'tp' over [0, 1]" in told[0][0] and "spans hosts" in told[0][0], told
 
 
-def link(rank: Any) -> list[str]:
-    tp = rank.comm()
-    ours = next(c for c in tp.plan.candidates if c.name == "custom_ar")
-    return [ours.state, str(tp.plan)]
+def canaried(rank: Rank) -> list[str]:
+    """A communicator with the canary, which tries every collective and dtype."""
+    with rank.plane.communicator("canaried", device=str(rank.device), backends=["custom_ar"]) as tp:
+        assert tp.plan.backends[0] == "custom_ar", [(c.name, c.state, c.reason) for c in tp.plan.candidates]
+        assert tp.all_reduce(torch.ones(5, device=rank.device)).tolist() == [float(rank.world_size)] * 5
+        return [str(tp.plan), str(tp.plan.explain("all_reduce", nbytes=8192, dtype=torch.bfloat16))]
 
 
 @pytest.mark.parametrize("size", sizes())
-def test_the_plan_says_what_serves_the_group(world: World) -> None:
-    first, *others = world.run(link)
+def test_the_canary_passes_and_all_ranks_have_one_plan(world: World) -> None:
+    first, *others = world.run(canaried)
     assert all(other == first for other in others)
-    assert "custom_ar" in first[1], first
+    assert "custom_ar" in first[1] and "one_shot_push" in first[1], first
