@@ -304,18 +304,21 @@ int commplane_car_cuda_unregister(commplane_car_cuda* comm, uint32_t id) {
 }
 
 int commplane_car_cuda_capture_begin(commplane_car_cuda* comm, int registered) {
-    return collective(comm, [&](Comm& c) {
-        if (registered && c.rows == nullptr) {
-            const uint64_t bytes = uint64_t(car::gpu::kMostCaptured) * car::gpu::kMaxRanks * sizeof(void*);
-            c.captured = new (std::nothrow) car::gpu::Captured[car::gpu::kMostCaptured];
-            if (c.captured == nullptr) return fail(COMMPLANE_CAR_ENOMEM, "out of memory");
-            const cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&c.rows), bytes);
-            if (error != cudaSuccess) return fail_cuda(error, "addresses of captured inputs");
-        }
-        c.capturing = true;
-        c.remembering = registered != 0;
-        return int(COMMPLANE_CAR_OK);
-    });
+    // A fault is no reason to refuse: the calls inside will, and the ranks' vote at the end is where they learn whose it is.
+    if (comm == nullptr) return null_comm();
+    if (comm->state.load(std::memory_order_relaxed) == COMMPLANE_CAR_ECLOSED) return fail(COMMPLANE_CAR_ECLOSED, "the communicator is closed");
+    if (registered && comm->rows == nullptr) {
+        const OnDevice on(comm->device);
+        if (on.status() != 0) return on.status();
+        const uint64_t bytes = uint64_t(car::gpu::kMostCaptured) * car::gpu::kMaxRanks * sizeof(void*);
+        if (comm->captured == nullptr) comm->captured = new (std::nothrow) car::gpu::Captured[car::gpu::kMostCaptured];
+        if (comm->captured == nullptr) return fail(COMMPLANE_CAR_ENOMEM, "out of memory");
+        const cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&comm->rows), bytes);
+        if (error != cudaSuccess) return fail_cuda(error, "addresses of captured inputs");
+    }
+    comm->capturing = true;
+    comm->remembering = registered != 0;
+    return COMMPLANE_CAR_OK;
 }
 
 int commplane_car_cuda_capture_end(commplane_car_cuda* comm) {

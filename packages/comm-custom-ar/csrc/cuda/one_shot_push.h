@@ -15,6 +15,7 @@ namespace gpu {
 // them cost registers, and two blocks on a multiprocessor hide more than a longer queue in each does.
 template <class T, int N, class B>
 CAR_FN void one_shot_push(const B& b, const Group& g, const void* in, void* out, uint64_t count, bool aligned) {
+    b.let_next_start();
     Session<B> s(g, b);
     const uint32_t rank = g.rank, n = g.ranks;
     const uint64_t vecs = (count + T::kPerVec - 1) / T::kPerVec;
@@ -23,7 +24,7 @@ CAR_FN void one_shot_push(const B& b, const Group& g, const void* in, void* out,
     Vec *to[N], *from[N];
     CAR_UNROLL
     for (int r = 0; r < N; ++r) {
-        const uint32_t peer = r != int(rank) && r < int(n) ? r : (rank + 1) % n;  // an address that exists
+        const uint32_t peer = r != int(rank) && r < int(n) ? r : rank == 0;  // an address that exists
         to[r] = ready(s.lamport(peer, rank) + b.thread());
         from[r] = ready(s.lamport(rank, peer) + b.thread());
     }

@@ -86,9 +86,9 @@ class Session {
    public:
     CAR_FN Session(const Group& group, const B& block) : g(group), b(block) {}
 
-    // Wait for the kernel before this one, and learn where this block stands.
+    // Wait for the kernel before this one, and learn where this block stands. What needs neither is done before, and let_next_start
+    // first of all.
     CAR_FN void begin() {
-        b.let_next_start();
         b.await_previous();
         const Vec state = load_shared(&g.state[b.block()]);
         calls = state.w[0];
@@ -98,36 +98,27 @@ class Session {
     // All that is not data, by one warp (`lane`) while the others move it: tell the peers what is called here, see that they call the
     // same, and put the state forward by a call and `done` tiles.
     CAR_FN void control(uint32_t lane, uint32_t done) {
+        const uint32_t clerk = b.control - 1;  // the lane that keeps the state, beside those that talk
         say_call(lane);
-        bool alone = true;
-        if (lane == 0) alone = is_alone();
+        uint32_t before = 0;
+        if (lane == clerk) before = take_busy();
         b.heard_all();
-        if (lane == 0) {
-            const Vec state = {{calls + 1, tiles + done, 0, 0}};
-            store(&g.state[b.block()], state);
-        }
+        if (lane == clerk) put_forward(done);
         hear_calls(lane);
-        if (lane == 0) {
-            if (!alone) give_up(g, calls + 1, kTwoAtOnce);
-            store_relaxed(&g.state[b.block()].busy, 0);
-        }
+        if (lane == clerk) give_busy(before);
     }
 
     // The same in three parts, for kernels without a control warp.
     CAR_FN void enter() {
-        if (b.thread() == 0 && !is_alone()) {
-            give_up(g, calls + 1, kTwoAtOnce);
-            failed = true;
-        }
+        if (b.thread() == 0) busy_before = take_busy();
         say_call(b.thread());
     }
     CAR_FN void agree() { hear_calls(b.thread()); }
     CAR_FN void leave(uint32_t done) {
         const bool lost = b.any(failed);
         if (b.thread() != 0) return;
-        const Vec state = {{calls + 1, tiles + done, 0, 0}};
-        if (!lost) store(&g.state[b.block()], state);
-        store_relaxed(&g.state[b.block()].busy, 0);
+        if (!lost) put_forward(done);
+        give_busy(busy_before);
     }
 
     // Once for each look at something that rank `r` has not sent yet; false: stop looking. Seldom does more than count.
@@ -160,12 +151,18 @@ class Session {
     uint32_t calls = 0;
     uint32_t tiles = 0;
     bool failed = false;
+    uint32_t busy_before = 0;
 
    private:
-    // Whether no other kernel is in this block's part, nor was since this one looked where it stands.
-    CAR_FN bool is_alone() {
-        const bool free = exchange(&g.state[b.block()].busy, 1) == 0;
-        return free && load_relaxed(&g.state[b.block()].calls) == calls;
+    // What is there is looked at at the end only: in front of the data nobody waits for it.
+    CAR_FN uint32_t take_busy() { return exchange(&g.state[b.block()].busy, 2 * calls + 1); }
+    CAR_FN void give_busy(uint32_t before) {
+        if (before != 2 * calls) give_up(g, calls + 1, kTwoAtOnce);
+        store_relaxed(&g.state[b.block()].busy, 2 * (calls + 1));
+    }
+    CAR_FN void put_forward(uint32_t done) {
+        const Vec state = {{calls + 1, tiles + done, 0, 0}};
+        store(&g.state[b.block()], state);
     }
     CAR_FN void say_call(uint32_t r) {
         if (r < g.ranks && r != g.rank) {
