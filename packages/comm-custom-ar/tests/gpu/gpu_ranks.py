@@ -336,10 +336,25 @@ class Worlds:
         """The shared world of that size."""
         world = self._worlds.get(size)
         if world is None or not world.usable:
-            if world is not None:
-                world.close()
+            self._end(world, size)
             self._worlds[size] = world = self._start(size)
         return world
+
+    def _end(self, world: World | None, size: int) -> None:
+        """Close a world that is used up. A client of MPS that was killed can keep others out: a new daemon, then."""
+        if world is None:
+            return
+        world.close()
+        if size > GPUS:
+            self._renew_mps()
+
+    def _renew_mps(self) -> None:
+        for world in [*self._worlds.values(), *self._short.values()]:
+            if world.size > GPUS:
+                world.close()
+        self._worlds = {size: world for size, world in self._worlds.items() if size <= GPUS}
+        self._short = {key: world for key, world in self._short.items() if key[0] <= GPUS}
+        self._stop_mps()
 
     def _start(self, size: int, **config: Any) -> World:
         if size > GPUS and self._mps is None:
@@ -347,25 +362,23 @@ class Worlds:
         return World(size, self._mps.env if size > GPUS and self._mps else None, self._cache.name, **config)
 
     @contextlib.contextmanager
-    def fresh(self, size: int, *, kills: bool = False, **config: Any) -> Iterator[World]:
-        """A world of its own, for a test that loses ranks. `kills`: processes are killed, after which MPS is started again."""
-        if kills and size > GPUS:
-            self.close_worlds()
+    def fresh(self, size: int, **config: Any) -> Iterator[World]:
+        """A world of its own, for a test that loses ranks."""
         world = self._start(size, **config)
         try:
             yield world
         finally:
+            usable = world.usable
             world.close()
-            if kills and size > GPUS:
-                self._stop_mps()
+            if not usable and size > GPUS:
+                self._renew_mps()
 
     @contextlib.contextmanager
     def short(self, size: int, timeout: float) -> Iterator[World]:
         """A world whose kernels wait no longer than `timeout` seconds; kept, for tests after which a new communicator works."""
         known = self._short.get((size, timeout))
         if known is None or not known.usable:
-            if known is not None:
-                known.close()
+            self._end(known, size)
             known = self._short[size, timeout] = self._start(size, timeout=timeout, run_timeout=timeout, startup_timeout=30.0)
         yield known
 
@@ -377,7 +390,7 @@ class Worlds:
         return {"XDG_CACHE_HOME": self._cache.name, **mps}
 
     def close_worlds(self) -> None:
-        worlds = [*self._worlds.values(), *self._short.values()]
+        worlds: list[World] = [*self._worlds.values(), *self._short.values()]
         self._worlds, self._short = {}, {}
         for world in worlds:
             world.close()

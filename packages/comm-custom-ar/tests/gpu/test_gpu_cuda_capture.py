@@ -21,7 +21,7 @@ pytestmark = needs_gpu()
 COUNTS = [8, 4097, 300_000, 2_500_001]
 
 
-def captured(rank: Rank, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def captured(rank: Rank, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A graph of `body`. Collective."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
