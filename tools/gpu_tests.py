@@ -33,9 +33,12 @@ def parts(options: list[str], count: int) -> list[tuple[str, list[str], str]]:
     rest = [option for option in options if option not in SKIPPED]
     out = [("tests", [sys.executable, "-m", "pytest", "-m", "gpu", *tests, *rest], str(ROOT))]
     if "--no-kit" not in options and count >= 2:
-        for name in ("torch", "custom_ar"):
+        for name, package in (("torch", "core"), ("custom_ar", "comm-custom-ar")):
             # From an empty folder, as the kit wants it.
             command = [sys.executable, "-m", "pytest", *KIT, f"--commplane-backend={name}", f"--commplane-ranks={ranks(count)}"]
+            expected = ROOT / "packages" / package / "conformance-expected-failures-cuda.txt"
+            if expected.exists():
+                command.append(f"--commplane-expected-failures={expected}")
             out.append((f"kit, {name}", command, ""))
     if "--no-sanitize" not in options and count >= 2:
         if shutil.which("compute-sanitizer"):
