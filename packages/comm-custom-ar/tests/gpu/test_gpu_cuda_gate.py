@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -85,6 +88,25 @@ def test_a_refusal_is_one_warning_in_the_group_if_it_was_asked_for_and_nccl_goes
     assert [len(t) for t in told] == [1 if named else 0, 0], told
     if named:
         assert "'tp' over [0, 1]" in told[0][0] and "spans hosts" in told[0][0], told
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"wants 2 GPUs, torch sees {GPUS}")
+@pytest.mark.parametrize(
+    "command", [["explain", "all_reduce", "--bytes", "8192", "--dtype", "bf16"], ["doctor"]], ids=lambda c: c[0]
+)
+def test_the_commands_say_what_runs_on_the_gpus(worlds: Worlds, command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "commplane", *command, "--ranks", "2"],
+        env={**os.environ, **worlds.env(2)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "custom_ar" in done.stdout and "cuda" in done.stdout, done.stdout
+    if command[0] == "explain":
+        assert "one_shot_push" in done.stdout, done.stdout
 
 
 def canaried(rank: Rank) -> list[str]:
