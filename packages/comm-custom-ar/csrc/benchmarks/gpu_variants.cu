@@ -139,7 +139,7 @@ void time_one(const char* name, uint64_t bytes, uint32_t blocks, uint32_t thread
            *std::max_element(us.begin(), us.end()), bad ? "WRONG" : checked ? "right" : "-", failed ? " FAULT" : "");
     fflush(stdout);
     if (failed) {
-        for (int r = 0; r < n; ++r) printf("rank %d status %u number %u\n", r, control->rank[r].status, control->rank[r].number);
+        for (int r = 0; r < n; ++r) printf("rank %d timed out %u other call %u number %u\n", r, control->rank[r].causes[kTimedOut], control->rank[r].causes[kOtherCall], control->rank[r].number);
         exit(2);
     }
 }

@@ -14,7 +14,6 @@ namespace gpu {
 
 template <class T, int N, int U, class B>
 CAR_FN void one_shot_pull(const B& b, const Group& g, const void* const* row, void* out, uint64_t count) {
-    b.let_next_start();
     Session<B> s(g, b);
     s.begin();
     const uint32_t n = g.ranks;
@@ -52,7 +51,6 @@ CAR_FN void one_shot_pull(const B& b, const Group& g, const void* const* row, vo
 
 template <class T, int N, int U, class B>
 CAR_FN void two_shot_pull(const B& b, const Group& g, void* const* row, uint64_t count) {
-    b.let_next_start();
     Session<B> s(g, b);
     s.begin();
     const uint32_t rank = g.rank, n = g.ranks;

@@ -228,16 +228,14 @@ int order(Comm& comm, cudaStream_t stream) {
 
 int fault(const Comm& comm) {
     if (comm.control == nullptr || seen(comm.control->stop) == 0) return COMMPLANE_CAR_OK;
-    switch (seen(comm.control->rank[comm.group.rank].status)) {
-        case kTimedOut: return COMMPLANE_CAR_ETIMEDOUT;
-        case kOtherCall: return COMMPLANE_CAR_EMISMATCH;
-        case kTwoAtOnce: return COMMPLANE_CAR_EBUSY;
-        default: break;
-    }
-    // What a peer's device found out is this rank's fault too.
+    // The most telling first: ranks that call different things wait for each other in vain, too. What a peer's device found out is
+    // this rank's fault as well.
+    const ControlRank& mine = comm.control->rank[comm.group.rank];
     for (uint32_t r = 0; r < comm.group.ranks; ++r) {
-        if (seen(comm.control->rank[r].status) == kOtherCall) return COMMPLANE_CAR_EMISMATCH;
+        if (seen(comm.control->rank[r].causes[kOtherCall])) return COMMPLANE_CAR_EMISMATCH;
     }
+    if (seen(mine.causes[kTwoAtOnce])) return COMMPLANE_CAR_EBUSY;
+    if (seen(mine.causes[kTimedOut])) return COMMPLANE_CAR_ETIMEDOUT;
     return COMMPLANE_CAR_EABORTED;
 }
 
@@ -249,17 +247,15 @@ commplane_car_cuda_detail detail(const Comm& comm) {
     const uint32_t own = comm.group.rank;
     for (uint32_t r = 0; r < comm.group.ranks; ++r) {
         const ControlRank& of = comm.control->rank[r];
-        const uint32_t status = seen(of.status);
-        if (seen(of.gave_up) || (status != kFine && status != kStopped)) out.abort_mask |= uint64_t(1) << r;
-        // Of other ranks only what they found first counts: that they stopped because others did says nothing.
-        if (r != own && seen(of.status) != kTimedOut) continue;
-        if (r == own && seen(of.status) == kStopped) continue;
+        if (seen(of.gave_up) || seen(of.causes[kTimedOut]) || seen(of.causes[kOtherCall]) || seen(of.causes[kTwoAtOnce])) {
+            out.abort_mask |= uint64_t(1) << r;
+        }
         for (uint32_t p = 0; p < comm.group.ranks; ++p) {
             if (seen(of.missing[p])) out.missing_mask |= uint64_t(1) << p;
         }
     }
     const ControlRank& mine = comm.control->rank[own];
-    if (seen(mine.status)) out.mine = decode(mine.mine);
+    if (mine.mine[0] != 0) out.mine = decode(mine.mine);
     for (uint32_t p = 0; p < comm.group.ranks; ++p) {
         const ControlRank& of = comm.control->rank[p];
         if (seen(mine.other[p])) {
@@ -268,7 +264,7 @@ commplane_car_cuda_detail detail(const Comm& comm) {
         } else if (p != own && seen(of.other[own])) {  // the peer saw it first
             out.mismatch_mask |= uint64_t(1) << p;
             out.peers[p] = decode(of.mine);
-            if (!seen(mine.status)) out.mine = decode(of.theirs[own]);
+            if (mine.mine[0] == 0) out.mine = decode(of.theirs[own]);
         }
     }
     return out;

@@ -13,8 +13,10 @@ namespace gpu {
 constexpr uint32_t kMostRanks = 8;
 constexpr uint32_t kCallWords = 3;
 
+enum Cause : uint32_t { kTimedOut, kStopped, kOtherCall, kTwoAtOnce, kCauses };  // kStopped: because others did
+
 struct ControlRank {
-    uint32_t status;               // 0, or why this rank's device gave up; written last
+    uint32_t causes[kCauses];      // 1: why this rank's device gave up, each of them that it met
     uint32_t gave_up;              // the host called abort
     uint32_t closed;               // has let go of the peers' memory
     uint32_t number;               // calls of the block that gave up
@@ -23,7 +25,7 @@ struct ControlRank {
     uint32_t mine[kCallWords];
     uint32_t reserved;
     uint32_t theirs[kMostRanks][4];
-    uint32_t pad[8];
+    uint32_t pad[5];
 };
 static_assert(sizeof(ControlRank) == 256, "a rank's part");
 
@@ -33,7 +35,6 @@ struct Control {
     ControlRank rank[kMostRanks];
 };
 
-enum DeviceStatus : uint32_t { kFine = 0, kTimedOut = 1, kStopped = 2, kOtherCall = 3, kTwoAtOnce = 4 };
 
 }  // namespace gpu
 }  // namespace car

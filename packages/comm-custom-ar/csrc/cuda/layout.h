@@ -23,7 +23,7 @@ struct BlockState {
     uint32_t calls;
     uint32_t tiles;
     uint32_t reserved[2];
-    uint32_t busy;  // twice `calls`, and 1 more while a kernel is in this block's part: a second one would mix with it
+    uint32_t busy;  // 1 while a kernel is in this block's part: a second one would mix with it
     uint32_t stop;  // some thread of this block has seen that waiting is in vain
     uint32_t pad[26];
 };

@@ -17,7 +17,6 @@ struct Bytes {
 // `count` bytes of each rank, to out[rank * count].
 template <class B>
 CAR_FN void all_gather(const B& b, const Group& g, const void* in, void* out, uint64_t count, bool aligned) {
-    b.let_next_start();
     Session<B> s(g, b);
     s.begin();
     const uint32_t width = g.layout.tile_vecs;
@@ -53,7 +52,6 @@ CAR_FN void all_gather(const B& b, const Group& g, const void* in, void* out, ui
 template <class T, int N, class B>
 CAR_FN void reduce_scatter(const B& b, const Group& g, const void* in, void* out, uint64_t count, bool aligned) {
     typedef typename T::Raw Raw;
-    b.let_next_start();
     Session<B> s(g, b);
     s.begin();
     const uint32_t rank = g.rank, n = g.ranks, width = g.layout.tile_vecs;
@@ -91,7 +89,6 @@ CAR_FN void reduce_scatter(const B& b, const Group& g, const void* in, void* out
 // `count` bytes of rank `root`, in place. The others raise flags for tiles that they do not fill, so that the root does not run ahead.
 template <class B>
 CAR_FN void broadcast(const B& b, const Group& g, void* data, uint64_t count, bool aligned, uint32_t root) {
-    b.let_next_start();
     Session<B> s(g, b);
     s.begin();
     const uint32_t width = g.layout.tile_vecs;
@@ -121,7 +118,6 @@ CAR_FN void broadcast(const B& b, const Group& g, void* data, uint64_t count, bo
 
 template <class B>
 CAR_FN void barrier(const B& b, const Group& g) {
-    b.let_next_start();
     Session<B> s(g, b);
     s.begin();
     s.enter();

@@ -15,7 +15,6 @@ namespace gpu {
 // them cost registers, and two blocks on a multiprocessor hide more than a longer queue in each does.
 template <class T, int N, class B>
 CAR_FN void one_shot_push(const B& b, const Group& g, const void* in, void* out, uint64_t count, bool aligned) {
-    b.let_next_start();
     Session<B> s(g, b);
     const uint32_t rank = g.rank, n = g.ranks;
     const uint64_t vecs = (count + T::kPerVec - 1) / T::kPerVec;

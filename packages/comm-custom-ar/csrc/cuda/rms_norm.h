@@ -48,7 +48,6 @@ CAR_FN Vec scaled(const Vec& v, const Vec& weight, float inverse, float weight_b
 template <class T, int N, int V, class B>
 CAR_FN void all_reduce_rms_norm(const B& b, const Group& g, const void* in, const Norm& norm) {
     typedef typename T::Raw Raw;
-    b.let_next_start();
     Session<B> s(g, b);
     const uint32_t rank = g.rank, n = g.ranks, row_vecs = norm.hidden / T::kPerVec;
     const Raw* const from = static_cast<const Raw*>(in);

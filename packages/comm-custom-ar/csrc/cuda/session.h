@@ -35,21 +35,24 @@ CAR_FN Vec without_empty(Vec v) {
 #define CAR_SLOW inline
 #endif
 
-// The first cause of a rank stays; that it stopped because others did is none.
-CAR_SLOW void give_up(const Group& g, uint32_t number, uint32_t status) {
+// Each cause has a word of its own, so that threads that come here at the same time for different ones lose none.
+CAR_SLOW void give_up(const Group& g, uint32_t number, uint32_t cause) {
     ControlRank& mine = g.control->rank[g.rank];
-    const uint32_t before = load_relaxed(&mine.status);
-    if (before == kFine || (before == kStopped && status != kStopped)) {
+    if (cause != kStopped) {
         store_relaxed(&mine.number, number);
         for (uint32_t i = 0; i < kCallWords; ++i) store_relaxed(&mine.mine[i], g.call[i]);
-        store_release(&mine.status, status);
     }
+    store_release(&mine.causes[cause], 1);
     store_release(&g.control->stop, 1);
 }
 
 // Whether rank `r` called what is called here, by its words.
 CAR_SLOW bool same_call(const Group& g, const Vec& heard, uint32_t calls, uint32_t r) {
     if (heard.w[0] == g.call[0] && heard.w[1] == g.call[1] && heard.w[2] == g.call[2] && heard.w[3] == (calls & 0x7fffffffu)) return true;
+    if (load_relaxed(&g.control->stop) != 0) {  // after a fault ranks run through what they have queued, not all as far
+        give_up(g, calls + 1, kStopped);
+        return false;
+    }
     ControlRank& mine = g.control->rank[g.rank];
     for (uint32_t i = 0; i < kCallWords; ++i) store_relaxed(&mine.theirs[r][i], heard.w[i]);
     store_relaxed(&mine.other[r], 1);
@@ -71,7 +74,7 @@ CAR_SLOW uint64_t wait_slowly(const Group& g, const Vec* mail, BlockState* state
     const bool stopped = load_relaxed(&state->stop) != 0 || (look && load_relaxed(&g.control->stop) != 0);
     if (!stopped && now - since < g.timeout_ns) return since;
     store_relaxed(&state->stop, 1);
-    store_relaxed(&g.control->rank[g.rank].missing[r], 1);
+    if (!stopped) store_relaxed(&g.control->rank[g.rank].missing[r], 1);
     give_up(g, calls + 1, stopped ? kStopped : kTimedOut);
     return 0;
 }
@@ -86,9 +89,9 @@ class Session {
    public:
     CAR_FN Session(const Group& group, const B& block) : g(group), b(block) {}
 
-    // Wait for the kernel before this one, and learn where this block stands. What needs neither is done before, and let_next_start
-    // first of all.
+    // Wait for the kernel before this one, and learn where this block stands. What needs neither is done before.
     CAR_FN void begin() {
+        b.let_next_start();
         b.await_previous();
         const Vec state = load_shared(&g.state[b.block()]);
         calls = state.w[0];
@@ -98,27 +101,24 @@ class Session {
     // All that is not data, by one warp (`lane`) while the others move it: tell the peers what is called here, see that they call the
     // same, and put the state forward by a call and `done` tiles.
     CAR_FN void control(uint32_t lane, uint32_t done) {
-        const uint32_t clerk = b.control - 1;  // the lane that keeps the state, beside those that talk
+        uint32_t before = 0, was = calls;
+        if (lane == 0) before = exchange(&g.state[b.block()].busy, 1);
         say_call(lane);
-        uint32_t before = 0;
-        if (lane == clerk) before = take_busy();
         b.heard_all();
-        if (lane == clerk) put_forward(done);
+        if (lane == 0) was = put_forward(done);
         hear_calls(lane);
-        if (lane == clerk) give_busy(before);
+        if (lane == 0) give_busy(before != 0 || was != calls);
     }
 
     // The same in three parts, for kernels without a control warp.
     CAR_FN void enter() {
-        if (b.thread() == 0) busy_before = take_busy();
+        if (b.thread() == 0 && exchange(&g.state[b.block()].busy, 1) != 0) give_up(g, calls + 1, kTwoAtOnce);
         say_call(b.thread());
     }
     CAR_FN void agree() { hear_calls(b.thread()); }
     CAR_FN void leave(uint32_t done) {
-        const bool lost = b.any(failed);
-        if (b.thread() != 0) return;
-        if (!lost) put_forward(done);
-        give_busy(busy_before);
+        b.sync();
+        if (b.thread() == 0) give_busy(put_forward(done) != calls);
     }
 
     // Once for each look at something that rank `r` has not sent yet; false: stop looking. Seldom does more than count.
@@ -151,18 +151,16 @@ class Session {
     uint32_t calls = 0;
     uint32_t tiles = 0;
     bool failed = false;
-    uint32_t busy_before = 0;
 
    private:
-    // What is there is looked at at the end only: in front of the data nobody waits for it.
-    CAR_FN uint32_t take_busy() { return exchange(&g.state[b.block()].busy, 2 * calls + 1); }
-    CAR_FN void give_busy(uint32_t before) {
-        if (before != 2 * calls) give_up(g, calls + 1, kTwoAtOnce);
-        store_relaxed(&g.state[b.block()].busy, 2 * (calls + 1));
+    // What the number of calls was. Another one than this kernel began with: some other kernel was here in between.
+    CAR_FN uint32_t put_forward(uint32_t done) {
+        if (done != 0) store_relaxed(&g.state[b.block()].tiles, tiles + done);
+        return exchange(&g.state[b.block()].calls, calls + 1);
     }
-    CAR_FN void put_forward(uint32_t done) {
-        const Vec state = {{calls + 1, tiles + done, 0, 0}};
-        store(&g.state[b.block()], state);
+    CAR_FN void give_busy(bool mixed) {
+        if (mixed) give_up(g, calls + 1, kTwoAtOnce);
+        store_relaxed(&g.state[b.block()].busy, 0);
     }
     CAR_FN void say_call(uint32_t r) {
         if (r < g.ranks && r != g.rank) {

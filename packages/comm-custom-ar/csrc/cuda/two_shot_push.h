@@ -11,7 +11,6 @@ namespace gpu {
 
 template <class T, int N, class B>
 CAR_FN void two_shot_push(const B& b, const Group& g, const void* in, void* out, uint64_t count, bool aligned) {
-    b.let_next_start();
     Session<B> s(g, b);
     s.begin();
     const uint32_t rank = g.rank, n = g.ranks, width = g.layout.tile_vecs / 2;  // a tile has a place for either phase

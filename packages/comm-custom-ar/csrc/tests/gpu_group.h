@@ -29,6 +29,8 @@ struct GpuOptions {
     bool plain_tiles = false;  // see HostMemory
 };
 
+constexpr uint32_t kFine = car::gpu::kCauses;  // no cause at all
+
 class GpuGroup {
   public:
     explicit GpuGroup(const GpuOptions& options) : options_(options) {
@@ -97,7 +99,13 @@ class GpuGroup {
         for (std::thread& thread : threads) thread.join();
     }
 
-    uint32_t status(uint32_t rank) { return __atomic_load_n(&control().rank[rank].status, __ATOMIC_ACQUIRE); }
+    // Why a rank gave up, the most telling cause of those that it met, or kFine.
+    uint32_t status(uint32_t rank) {
+        for (uint32_t cause : {car::gpu::kOtherCall, car::gpu::kTwoAtOnce, car::gpu::kTimedOut, car::gpu::kStopped}) {
+            if (__atomic_load_n(&control().rank[rank].causes[cause], __ATOMIC_ACQUIRE) != 0) return cause;
+        }
+        return kFine;
+    }
     void abort(uint32_t rank) {
         __atomic_store_n(&control().rank[rank].gave_up, 1u, __ATOMIC_RELEASE);
         __atomic_store_n(&control().stop, 1u, __ATOMIC_RELEASE);
@@ -107,7 +115,7 @@ class GpuGroup {
     void check_at_rest() {
         CHECK(control().stop == 0);
         for (uint32_t r = 0; r < options_.ranks; ++r) {
-            CHECK(status(r) == car::gpu::kFine);
+            CHECK(status(r) == kFine);
             const unsigned char* const own = groups_[r].memory[r];
             for (uint64_t i = groups_[r].layout.mailbox; i < groups_[r].layout.tiles; ++i) {
                 if (own[i] != 0xff) {

@@ -50,10 +50,10 @@ void a_rank_that_never_calls(uint32_t ranks, Kind kind, uint64_t count) {
     uint32_t timed_out = 0;
     for (uint32_t r = 0; r < ranks; ++r) {
         if (r == absent) {
-            CHECK(group.status(r) == car::gpu::kFine);
+            CHECK(group.status(r) == kFine);
             continue;
         }
-        CHECK(first[r].size() == 1 ? gave_up(group, r) : group.status(r) != car::gpu::kFine);
+        CHECK(first[r].size() == 1 ? gave_up(group, r) : group.status(r) != kFine);
         if (group.status(r) != car::gpu::kTimedOut) continue;
         ++timed_out;
         CHECK(of(group, r).number == 1);
@@ -72,7 +72,7 @@ void a_rank_that_never_calls(uint32_t ranks, Kind kind, uint64_t count) {
     }
     group.run(second);
     for (uint32_t r = 0; r < ranks; ++r) {
-        CHECK(before[r] == car::gpu::kStopped ? group.status(r) != car::gpu::kFine : group.status(r) == before[r]);
+        CHECK(before[r] == car::gpu::kStopped ? group.status(r) != kFine : group.status(r) == before[r]);
     }
 }
 
@@ -91,7 +91,7 @@ void a_host_that_gives_up(uint32_t ranks, Kind kind) {
     group.run(streams);
     host.join();
     for (uint32_t r = 0; r + 1 < ranks; ++r) CHECK(group.status(r) == car::gpu::kStopped);
-    CHECK(group.status(ranks - 1) == car::gpu::kFine);
+    CHECK(group.status(ranks - 1) == kFine);
     CHECK(of(group, ranks - 1).gave_up == 1);
 }
 
@@ -165,7 +165,7 @@ uint32_t two_at_once(uint32_t ranks, Kind kind, uint32_t seed) {
         return 0;
     }
     bool found = false;
-    for (uint32_t r = 0; r < ranks; ++r) found |= group.status(r) != car::gpu::kFine;
+    for (uint32_t r = 0; r < ranks; ++r) found |= group.status(r) != kFine;
     CHECK(found);
     return group.status(0) == car::gpu::kTwoAtOnce ? 1 : 0;
 }
