@@ -99,10 +99,11 @@ class GpuGroup {
         for (std::thread& thread : threads) thread.join();
     }
 
+    bool met(uint32_t rank, uint32_t cause) { return __atomic_load_n(&control().rank[rank].causes[cause], __ATOMIC_ACQUIRE) != 0; }
     // Why a rank gave up, the most telling cause of those that it met, or kFine.
     uint32_t status(uint32_t rank) {
         for (uint32_t cause : {car::gpu::kOtherCall, car::gpu::kTwoAtOnce, car::gpu::kTimedOut, car::gpu::kStopped}) {
-            if (__atomic_load_n(&control().rank[rank].causes[cause], __ATOMIC_ACQUIRE) != 0) return cause;
+            if (met(rank, cause)) return cause;
         }
         return kFine;
     }
@@ -125,7 +126,7 @@ class GpuGroup {
             }
             for (uint32_t b = 0; b < options_.blocks; ++b) {
                 const car::gpu::BlockState &mine = groups_[r].state[b], &first = groups_[0].state[b];
-                CHECK(mine.busy % 2 == 0);
+                CHECK(mine.busy == 0);
                 CHECK(mine.calls == first.calls && mine.tiles == first.tiles);
             }
         }

@@ -32,8 +32,24 @@ GpuOptions options_of(uint32_t ranks, uint64_t timeout_ns, uint32_t seed) {
 
 const car::gpu::ControlRank& of(GpuGroup& group, uint32_t rank) { return group.control().rank[rank]; }
 
-bool gave_up(GpuGroup& group, uint32_t rank) {
-    return group.status(rank) == car::gpu::kTimedOut || group.status(rank) == car::gpu::kStopped;
+// Whoever waited long enough says that this rank is missing, and no other; the rest has stopped. Nobody says anything else.
+void check_absent(GpuGroup& group, uint32_t ranks, uint32_t absent) {
+    uint32_t timed_out = 0;
+    for (uint32_t r = 0; r < ranks; ++r) {
+        if (r == absent) {
+            CHECK(group.status(r) == kFine);
+            continue;
+        }
+        CHECK(group.status(r) == car::gpu::kTimedOut || group.status(r) == car::gpu::kStopped);
+        const bool first = group.met(r, car::gpu::kTimedOut);
+        timed_out += first;
+        for (uint32_t peer = 0; peer < ranks; ++peer) {
+            CHECK(of(group, r).missing[peer] == (first && peer == absent ? 1u : 0u));
+            CHECK(of(group, r).other[peer] == 0);
+        }
+        if (first) CHECK(of(group, r).number == 1);
+    }
+    CHECK(timed_out >= 1);
 }
 
 void a_rank_that_never_calls(uint32_t ranks, Kind kind, uint64_t count) {
@@ -43,37 +59,19 @@ void a_rank_that_never_calls(uint32_t ranks, Kind kind, uint64_t count) {
     GpuCall call(options, plan_of(kind, count, 1)), next(options, plan_of(kind, count, 2));
     Streams first(ranks), second(ranks);
     for (uint32_t r = 0; r < ranks; ++r) {
-        if (r != absent) call.launches(r, first[r]);
+        if (r == absent) continue;
+        call.launches(r, first[r]);
+        next.launches(r, second[r]);
     }
     group.run(first);
     CHECK(group.control().stop != 0);
-    uint32_t timed_out = 0;
+    check_absent(group, ranks, absent);
     for (uint32_t r = 0; r < ranks; ++r) {
-        if (r == absent) {
-            CHECK(group.status(r) == kFine);
-            continue;
-        }
-        CHECK(first[r].size() == 1 ? gave_up(group, r) : group.status(r) != kFine);
-        if (group.status(r) != car::gpu::kTimedOut) continue;
-        ++timed_out;
-        CHECK(of(group, r).number == 1);
-        CHECK(of(group, r).missing[absent] == 1);
-        // Of kernels queued behind the one that gave up those that are there may be late.
-        for (uint32_t peer = 0; first[r].size() == 1 && peer < ranks; ++peer) CHECK(peer == absent || of(group, r).missing[peer] == 0);
-        CHECK(memcmp(of(group, r).mine, first[r][0].words, sizeof of(group, r).mine) == 0);
+        if (group.met(r, car::gpu::kTimedOut)) CHECK(memcmp(of(group, r).mine, first[r][0].words, sizeof of(group, r).mine) == 0);
     }
-    CHECK(timed_out >= 1);
-
-    // Whatever comes after it stops too, and what was found first stays.
-    std::vector<uint32_t> before;
-    for (uint32_t r = 0; r < ranks; ++r) {
-        before.push_back(group.status(r));
-        if (r != absent) next.launches(r, second[r]);
-    }
+    // Whatever comes after it stops too, and nothing new is said of anybody.
     group.run(second);
-    for (uint32_t r = 0; r < ranks; ++r) {
-        CHECK(before[r] == car::gpu::kStopped ? group.status(r) != kFine : group.status(r) == before[r]);
-    }
+    check_absent(group, ranks, absent);
 }
 
 // The deadline of the device cannot end this wait: the host of the rank that is missing does.
@@ -95,7 +93,7 @@ void a_host_that_gives_up(uint32_t ranks, Kind kind) {
     CHECK(of(group, ranks - 1).gave_up == 1);
 }
 
-// `odd` makes another call than the others: nobody waits for the deadline, and both know the words of the other.
+// `odd` makes another call than the others: nobody waits for the deadline, and who finds it knows the words of the other.
 void another_call(uint32_t ranks, Kind kind, Kind other, uint64_t other_count) {
     const GpuOptions options = options_of(ranks, kLong, ranks + uint32_t(other));
     GpuGroup group(options);
