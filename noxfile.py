@@ -246,6 +246,13 @@ def soak(session: nox.Session) -> None:
     session.run("python", str(package.folder / "tests" / "soak.py"), *session.posargs)
 
 
+@nox.session
+def model(session: nox.Session) -> None:
+    """The long searches of the models of custom-ar's protocols, on CPU and on CUDA; the tests have the short ones."""
+    for name in ("protocol_search.py", "gpu_protocol_programs.py"):
+        session.run("python", str(BACKENDS["custom_ar"].folder / "tests" / name))
+
+
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
     """On a machine with GPUs, with what is installed there: tests, kit, compute-sanitizer; `-- --no-sanitize --no-kit`."""
@@ -265,3 +272,22 @@ def dist_check(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *built)
     session.run("check-wheel-contents", *(b for b in built if b.endswith(".whl")))
     session.run("python", "tools/check_dist.py", *built)
+    # The native library is built with nvcc and without: both wheels have to be what they say.
+    native = next(p for p in PACKAGES if p.dist == "commplane-custom-ar")
+    without = folder / "without-cuda"
+    session.run(
+        "python",
+        "-m",
+        "build",
+        "--wheel",
+        "--outdir",
+        str(without),
+        "-Ccmake.define.COMMPLANE_CAR_CUDA=OFF",
+        str(native.folder),
+        silent=True,
+    )
+    session.run("python", "tools/check_dist.py", "--no-cuda", *map(str, without.iterdir()))
+    if shutil.which("nvcc") is None:
+        session.log("no nvcc here: the wheel with the CUDA half was not built and is not checked")
+    else:
+        session.run("python", "tools/check_dist.py", "--cuda", *(b for b in built if "custom_ar" in b and b.endswith(".whl")))

@@ -153,7 +153,9 @@ def outcome(call: Callable[[], object]) -> dict[str, Any]:
     try:
         call()
     except Exception as error:
-        return {"error": type(error).__name__, "text": str(error), "ours": isinstance(error, errors.CommplaneError)}
+        # Who only waited in vain raises what it waited for, from what the vote told it.
+        text = "; from ".join(str(e) for e in (error, error.__cause__) if e is not None)
+        return {"error": type(error).__name__, "text": text, "ours": isinstance(error, errors.CommplaneError)}
     return {"error": None, "text": "", "ours": False}
 
 
