@@ -231,7 +231,7 @@ int main(int argc, char** argv) {
                 }
             }
         }
-        if (bytes >= 256 << 10 && (all || !strcmp(what, "large") || !strcmp(what, "ring"))) {
+        if (bytes >= 256 << 10 && (all || !strcmp(what, "large"))) {
             for (uint32_t blocks : {64u, 132u, 264u}) {
                 for (uint32_t threads : {256u, 512u}) {
                     time_one("two_shot_push", bytes, blocks, threads, true, true, false, [&](Device& d, const Launch& how) {

@@ -34,7 +34,7 @@ Layout lay_out(uint32_t ranks, uint32_t multiprocessors) {
     out.ranks = ranks;
     out.blocks = blocks_of_grid(ranks, multiprocessors);
     const uint64_t blocks = out.blocks;
-    out.lamport_vecs = ranks <= 2 ? 4096 : ranks <= 4 ? 1024 : 512;
+    out.lamport_vecs = ranks <= 2 ? 4096 : ranks <= 4 ? 2048 : 1024;
     out.tile_vecs = ranks <= 2 ? 1024 : ranks <= 4 ? 512 : 256;
     const auto place = [&](uint64_t bytes) {
         const uint64_t here = out.total;
@@ -53,8 +53,10 @@ int set_up(Comm& comm, const commplane_car_cuda_options& options, unsigned char*
     cudaError_t error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, options.device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, options.device);
     if (error != cudaSuccess) return fail_cuda(error, "compute capability");
-    comm.early = capability >= 9;
-    if (const char* missing = missing_code()) {
+    int compiled_for = 0;
+    const char* const missing = missing_code(&compiled_for);
+    comm.early = capability >= 9 && compiled_for >= 90;  // code for less does not wait for the kernel before it
+    if (missing != nullptr) {
         return fail(COMMPLANE_CAR_EUNSUPPORTED, "this build has no code for compute capability %d.%d: %s", capability, minor, missing);
     }
     Group& group = comm.group;
@@ -66,6 +68,7 @@ int set_up(Comm& comm, const commplane_car_cuda_options& options, unsigned char*
     comm.control = static_cast<Control*>(options.control);
     error = cudaHostGetDevicePointer(reinterpret_cast<void**>(&group.control), options.control, 0);
     if (error == cudaSuccess) error = cudaEventCreateWithFlags(&comm.order, cudaEventDisableTiming);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&comm.captured_order, cudaEventDisableTiming);
     if (error == cudaSuccess) error = cudaMalloc(&comm.memory, group.layout.total);
     const uint64_t state_bytes = uint64_t(group.layout.blocks) * sizeof(BlockState);
     if (error == cudaSuccess) error = cudaMalloc(reinterpret_cast<void**>(&group.state), state_bytes);
@@ -103,12 +106,13 @@ void release(Comm& comm) {
     if (comm.group.state != nullptr) cudaFree(comm.group.state);
     if (comm.rows != nullptr) cudaFree(comm.rows);
     if (comm.order != nullptr) cudaEventDestroy(comm.order);
+    if (comm.captured_order != nullptr) cudaEventDestroy(comm.captured_order);
     if (comm.control != nullptr) cudaHostUnregister(comm.control);
     delete[] comm.captured;
     comm.memory = nullptr;
     comm.group.state = nullptr;
     comm.rows = nullptr;
-    comm.order = nullptr;
+    comm.order = comm.captured_order = nullptr;
     comm.control = nullptr;
     comm.captured = nullptr;
     cudaGetLastError();
@@ -199,29 +203,37 @@ int close(Comm& comm) {
 }
 
 int order(Comm& comm, cudaStream_t stream) {
-    if (comm.called && comm.stream == stream) return COMMPLANE_CAR_OK;
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-    unsigned long long capture = 0;
-    cudaError_t error = cudaStreamGetCaptureInfo(stream, &capturing, &capture);
-    if (capturing != cudaStreamCaptureStatusActive) capture = 0;
-    // Between a capture and anything outside of it there is no order to make: the graph runs when it is replayed. Nor may an
-    // event of a stream that captures by now be waited for: it would draw the other stream into the capture.
-    cudaStreamCaptureStatus before = cudaStreamCaptureStatusNone;
-    unsigned long long before_id = 0;
-    if (error == cudaSuccess && comm.called) error = cudaStreamGetCaptureInfo(comm.stream, &before, &before_id);
-    if (before != cudaStreamCaptureStatusActive) before_id = 0;
-    if (error == cudaSuccess && comm.called && capture == comm.capture && before_id == comm.capture) {
-        error = cudaEventRecord(comm.order, comm.stream);
+    cudaError_t error = cudaStreamIsCapturing(stream, &capturing);
+    if (error == cudaSuccess && capturing == cudaStreamCaptureStatusActive) {
+        // Within a capture an event is an edge of the graph. Between it and anything outside there is no order to make: the graph
+        // runs when it is replayed.
+        unsigned long long capture = 0;
+        error = cudaStreamGetCaptureInfo(stream, &capturing, &capture);
+        if (error == cudaSuccess && capture == comm.capture && stream != comm.captured_stream) {
+            error = cudaEventRecord(comm.captured_order, comm.captured_stream);
+            if (error == cudaSuccess) error = cudaStreamWaitEvent(stream, comm.captured_order, 0);
+        }
+        if (error != cudaSuccess) return fail_cuda(error, "order of two captured streams");
+        comm.capture = capture;
+        comm.captured_stream = stream;
+        return COMMPLANE_CAR_OK;
+    }
+    if (error != cudaSuccess) cudaGetLastError();  // the launch will say what is wrong with the stream
+    if (comm.called && comm.stream != stream) {
+        // An event of a stream that captures by now may not be waited for: it would draw the other stream into the capture.
+        error = cudaStreamIsCapturing(comm.stream, &capturing);
+        if (error == cudaSuccess && capturing == cudaStreamCaptureStatusNone) {
+            error = cudaEventRecord(comm.order, comm.stream);
+            if (error == cudaSuccess) error = cudaStreamWaitEvent(stream, comm.order, 0);
+        }
         if (error == cudaErrorInvalidResourceHandle || error == cudaErrorContextIsDestroyed) {  // that stream has gone, its work is done
             cudaGetLastError();
-            error = cudaSuccess;
-        } else if (error == cudaSuccess) {
-            error = cudaStreamWaitEvent(stream, comm.order, 0);
+        } else if (error != cudaSuccess) {
+            return fail_cuda(error, "order of two streams");
         }
     }
-    if (error != cudaSuccess) return fail_cuda(error, "order of two streams");
     comm.stream = stream;
-    comm.capture = capture;
     comm.called = true;
     return COMMPLANE_CAR_OK;
 }

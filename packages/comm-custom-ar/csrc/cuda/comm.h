@@ -47,11 +47,13 @@ struct commplane_car_cuda {
     void* memory = nullptr;
     void* opened[car::gpu::kMaxRanks] = {};
 
-    // The stream of the last call. Calls from another one wait for it.
+    // The stream of the last call. Calls from another one wait for it; those of a capture among themselves.
     cudaStream_t stream = nullptr;
     bool called = false;
-    unsigned long long capture = 0;  // of that call, 0 outside of captures
     cudaEvent_t order = nullptr;
+    cudaStream_t captured_stream = nullptr;
+    unsigned long long capture = 0;  // the last one that had a call; captures are never 0
+    cudaEvent_t captured_order = nullptr;
 
     car::gpu::Choices choices[2][2];  // [readable][capturing]
     uint32_t region_count = 0;

@@ -10,7 +10,7 @@
 namespace car {
 namespace gpu {
 
-constexpr uint32_t kMostRanks = 8;
+constexpr int kMaxRanks = 8;
 constexpr uint32_t kCallWords = 3;
 
 enum Cause : uint32_t { kTimedOut, kStopped, kOtherCall, kTwoAtOnce, kCauses };  // kStopped: because others did
@@ -20,11 +20,11 @@ struct ControlRank {
     uint32_t gave_up;              // the host called abort
     uint32_t closed;               // has let go of the peers' memory
     uint32_t number;               // calls of the block that gave up
-    uint32_t missing[kMostRanks];  // 1: nothing had come from that rank
-    uint32_t other[kMostRanks];    // 1: that rank made another call, whose words are in `theirs`
+    uint32_t missing[kMaxRanks];  // 1: nothing had come from that rank
+    uint32_t other[kMaxRanks];    // 1: that rank made another call, whose words are in `theirs`
     uint32_t mine[kCallWords];
     uint32_t reserved;
-    uint32_t theirs[kMostRanks][4];
+    uint32_t theirs[kMaxRanks][4];
     uint32_t pad[5];
 };
 static_assert(sizeof(ControlRank) == 256, "a rank's part");
@@ -32,9 +32,8 @@ static_assert(sizeof(ControlRank) == 256, "a rank's part");
 struct Control {
     uint32_t stop;  // not 0: some rank is at fault or gave up; whoever waits stops waiting
     uint32_t pad[63];
-    ControlRank rank[kMostRanks];
+    ControlRank rank[kMaxRanks];
 };
-
 
 }  // namespace gpu
 }  // namespace car

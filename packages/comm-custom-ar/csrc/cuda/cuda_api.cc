@@ -315,6 +315,7 @@ int commplane_car_cuda_capture_begin(commplane_car_cuda* comm, int registered) {
         if (comm->captured == nullptr) return fail(COMMPLANE_CAR_ENOMEM, "out of memory");
         const cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&comm->rows), bytes);
         if (error != cudaSuccess) return fail_cuda(error, "addresses of captured inputs");
+        cudaMemset(comm->rows, 0, bytes);  // a graph that is replayed before they are filled in stops at once
     }
     comm->capturing = true;
     comm->remembering = registered != 0;
@@ -360,7 +361,10 @@ int commplane_car_cuda_fill(commplane_car_cuda* comm, uint32_t index, void* cons
 int commplane_car_cuda_filled(commplane_car_cuda* comm) {
     if (comm == nullptr) return null_comm();
     comm->rows_filled = comm->rows_used;
-    return COMMPLANE_CAR_OK;
+    const OnDevice on(comm->device);
+    if (on.status() != 0) return on.status();
+    const cudaError_t error = cudaDeviceSynchronize();  // the copies are there before any stream replays
+    return error == cudaSuccess ? COMMPLANE_CAR_OK : fail_cuda(error, "addresses of captured inputs");
 }
 
 int commplane_car_cuda_all_reduce(commplane_car_cuda* comm, const void* in, void* out, uint64_t count, int dtype, uint64_t stream) {

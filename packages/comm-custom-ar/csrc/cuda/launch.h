@@ -40,8 +40,8 @@ cudaError_t launch_add_rms_norm(const Launch&, int dtype, const void* total, con
 cudaError_t launch_poke(void* at, uint64_t words, uint32_t value);
 cudaError_t launch_peek(const void* at, uint64_t words, uint32_t value, unsigned long long* wrong);
 
-// An error text if this device has no code in the library; null if it has.
-const char* missing_code();
+// An error text if this device has no code in the library; null if it has, and what that was compiled for, 90 for 9.0.
+const char* missing_code(int* compiled_for);
 
 }  // namespace gpu
 }  // namespace car

@@ -10,8 +10,6 @@
 namespace car {
 namespace gpu {
 
-constexpr int kMaxRanks = 8;
-
 struct alignas(16) Vec {
     uint32_t w[4];
 };

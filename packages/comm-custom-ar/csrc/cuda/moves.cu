@@ -69,10 +69,13 @@ cudaError_t launch_peek(const void* at, uint64_t words, uint32_t value, unsigned
     return cudaGetLastError();
 }
 
-const char* missing_code() {
+const char* missing_code(int* compiled_for) {
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, meet);
-    if (error == cudaSuccess) return nullptr;
+    if (error == cudaSuccess) {
+        *compiled_for = attributes.ptxVersion;
+        return nullptr;
+    }
     cudaGetLastError();  // not the next call's
     return cudaGetErrorString(error);
 }

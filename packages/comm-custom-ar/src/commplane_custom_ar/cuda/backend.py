@@ -67,7 +67,7 @@ class CudaAllReduce(CommBackend):
         allowed = gate.agree(context)
         shared = allowed.kind == "shared"
         _, capability = device_info(self._native, index)
-        share = _multiprocessors(self._native, index, context.world_size, shared)
+        share = _multiprocessors(context, self._native, index, shared)
         fewest = min(bootstrap.all_gather(share, what="multiprocessors"))
         nbytes = -(-CONTROL_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         self._control = map_together(bootstrap, "page of control", nbytes, 0, nbytes)
@@ -292,9 +292,16 @@ def _settings(context: BuildContext) -> tuple[str, str]:
     return context.options["algorithm"], context.options["registered"]
 
 
-def _multiprocessors(native: _native.Native, device: int, world_size: int, shared: bool) -> int:
-    """Blocks that are sure to run at once: ranks on one GPU have a part of it each, which MPS may have fixed already."""
+def _multiprocessors(context: BuildContext, native: _native.Native, device: int, shared: bool) -> int:
+    """What kernels of this rank may fill. Ranks that share a GPU have to run at once, so MPS has to give each its part."""
+    if shared:
+        given = os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "")
+        most = 100 / context.world_size
+        if not given.replace(".", "", 1).isdigit() or not 0 < float(given) <= most:
+            raise CommunicatorError(
+                f"{context.who} ranks that share a GPU wait for each other and have to run at once: wanted "
+                f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE of at most {most:g} in the environment of each, found {given or 'none'}: set it "
+                f"before the process first uses CUDA"
+            )
     multiprocessors, _ = device_info(native, device)
-    if not shared or os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"):
-        return multiprocessors
-    return max(1, multiprocessors // world_size)
+    return multiprocessors

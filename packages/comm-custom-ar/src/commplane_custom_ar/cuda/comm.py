@@ -122,7 +122,7 @@ class CudaComm:
         check(self._library.commplane_car_cuda_abort(self.handle))
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that it has on the device, and the the most that one kernel of one_shot_push takes."""
+        """Bytes that it has on the device, and the most that one kernel of one_shot_push takes."""
         nbytes, capacity = ctypes.c_uint64(), ctypes.c_uint64()
         check(self._library.commplane_car_cuda_memory(self.handle, ctypes.byref(nbytes), ctypes.byref(capacity)))
         return nbytes.value, capacity.value
