@@ -300,8 +300,8 @@ def _multiprocessors(context: BuildContext, native: _native.Native, device: int,
         if not given.replace(".", "", 1).isdigit() or not 0 < float(given) <= most:
             raise CommunicatorError(
                 f"{context.who} ranks that share a GPU wait for each other and have to run at once: wanted "
-                f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE of at most {most:g} in the environment of each, found {given or 'none'}: set it "
-                f"before the process first uses CUDA"
+                f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE of at most {most:g} in the environment of each, found {given or 'none'}: "
+                f"set it before the process first uses CUDA"
             )
     multiprocessors, _ = device_info(native, device)
     return multiprocessors
