@@ -26,7 +26,7 @@ from commplane_conformance.rank import Rank, Skip
 from commplane_conformance.subject import Subject
 from commplane_conformance.worlds import World, Worlds
 
-# In an interpreter of its own, where the host says that its comm API is a minor later than it is and than the plugin was made for.
+# In an interpreter of its own, whose host says that its comm API is a minor later than it is and than the plugin was made for.
 _DECLARED_LATER = """
 import json, sys
 import commplane.api, commplane.api.versions
