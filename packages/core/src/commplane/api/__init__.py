@@ -12,9 +12,12 @@ from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
 from commplane.api.markers import hookimpl
 from commplane.api.norm import add_rms_norm
+from commplane.api.pages import PageStore, StoreContext, StoreDone, StoreUsage
 from commplane.api.ranges import SizeRange
 from commplane.api.shm import owned_name, sweep
 from commplane.api.spec import BackendSpec, PageStoreSpec, Spec, SyncField, SyncSpec, TransferSpec
+from commplane.api.sync import Agreed, SyncRound
+from commplane.api.transfer import Moved, TransferContext, TransferEngine
 from commplane.api.types import Capability, Collective, Numerics, ReduceOp, Vote
 from commplane.api.verdict import Unusable, Usable, Verdict
 from commplane.api.versions import CACHE_API, COMM_API, TRANSFER_API
@@ -24,6 +27,7 @@ __all__ = [
     "CACHE_API",
     "COMM_API",
     "TRANSFER_API",
+    "Agreed",
     "BackendSpec",
     "Bootstrap",
     "BuildContext",
@@ -34,7 +38,9 @@ __all__ = [
     "Facts",
     "FlightRecord",
     "GroupKey",
+    "Moved",
     "Numerics",
+    "PageStore",
     "PageStoreSpec",
     "ProbeRequest",
     "RankFacts",
@@ -42,8 +48,14 @@ __all__ = [
     "Requirement",
     "SizeRange",
     "Spec",
+    "StoreContext",
+    "StoreDone",
+    "StoreUsage",
     "SyncField",
+    "SyncRound",
     "SyncSpec",
+    "TransferContext",
+    "TransferEngine",
     "TransferSpec",
     "Unusable",
     "Usable",

@@ -9,8 +9,8 @@ contract   version   what it added
 comm       1.0       BackendSpec, CommBackend, commplane_init_workspace
 comm       1.1       Capability.ALL_REDUCE_RMS_NORM, add_rms_norm; flight_records and bare of CommBackend
 comm       1.2       CommBackend.ranges and SizeRange
-transfer   1.0       TransferSpec
-cache      1.0       SyncSpec, PageStoreSpec
+transfer   1.0       TransferSpec, TransferEngine
+cache      1.0       SyncSpec, PageStoreSpec, SyncRound, PageStore
 =========  ========  ==========================================================================
 """
 

@@ -1,0 +1,5 @@
+"""A tiered prefix cache whose ranks cannot diverge."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
