@@ -40,7 +40,7 @@ def test_the_kit_is_not_spread_over_workers(kit: Kit) -> None:
 def test_without_a_backend_the_tests_refuse_to_run(kit: Kit) -> None:
     run = kit("wrong_plugins:Honest", backend="")
     assert run.code == 4
-    assert "want --commplane-backend NAME" in run.output
+    assert "want --commplane-backend NAME, --commplane-engine NAME or --commplane-store NAME" in run.output
 
 
 def test_an_unknown_backend_is_an_error_that_lists_what_there_is(kit: Kit) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pytest
 
 from commplane.api import BackendSpec, Capability, Numerics
+from commplane_conformance.subject import AnySubject
 
 __all__ = ["Needs", "at_least", "clause", "clauses_of", "needs", "needs_dtype", "needs_of", "numerics", "since"]
 
@@ -20,8 +21,8 @@ def clause(*numbers: str) -> Callable[[F], F]:
     return pytest.mark.clause(*numbers)
 
 
-def needs(*capabilities: Capability) -> Callable[[F], F]:
-    """The test is for backends that declare all of these."""
+def needs(*capabilities: str) -> Callable[[F], F]:
+    """The test is for those that declare all of these."""
     return pytest.mark.needs(*capabilities)
 
 
@@ -51,32 +52,37 @@ def clauses_of(item: pytest.Item) -> list[str]:
     return sorted(numbers, key=lambda n: int(n[1:]))
 
 
-def needs_of(item: pytest.Item) -> list[Capability]:
-    """The capabilities that a test exercises."""
-    found = {capability for mark in item.iter_markers("needs") for capability in mark.args}
-    return [c for c in Capability if c in found]
+def needs_of(item: pytest.Item) -> list[str]:
+    """The capabilities that a test exercises: those of communicators in the order of the enumeration, then others."""
+    found = {str(capability) for mark in item.iter_markers("needs") for capability in mark.args}
+    known = [str(c) for c in Capability]
+    return [*(c for c in known if c in found), *sorted(found.difference(known))]
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Why a test does not run for a backend."""
+    """Why a test does not run for a subject."""
 
-    spec: BackendSpec
+    subject: AnySubject
 
     def refusal(self, item: pytest.Item) -> str | None:
-        """What the backend lacks for `item`, or None."""
-        name = self.spec.name
-        missing = [str(c) for c in needs_of(item) if c not in self.spec.capabilities]
+        """What the subject lacks for `item`, or None."""
+        name, spec = self.subject.name, self.subject.declaration
+        missing = [c for c in needs_of(item) if c not in self.subject.capabilities]
         if missing:
             return f"{name} does not declare the capability {' and '.join(missing)}"
-        for mark in item.iter_markers("needs_dtype"):
-            if self.spec.dtypes and mark.args[0] not in self.spec.dtypes:
-                return f"the test uses {mark.args[0]}, which {name} does not declare"
         for mark in item.iter_markers("since"):
             wanted: Sequence[int] = mark.args
-            if tuple(self.spec.api) < tuple(wanted):
-                return f"since comm API {wanted[0]}.{wanted[1]}, {name} is made for {self.spec.api[0]}.{self.spec.api[1]}"
+            if tuple(spec.api) < tuple(wanted):
+                return (
+                    f"since {self.subject.contract} API {wanted[0]}.{wanted[1]}, {name} is made for {spec.api[0]}.{spec.api[1]}"
+                )
+        if not isinstance(spec, BackendSpec):
+            return None
+        for mark in item.iter_markers("needs_dtype"):
+            if spec.dtypes and mark.args[0] not in spec.dtypes:
+                return f"the test uses {mark.args[0]}, which {name} does not declare"
         for mark in item.iter_markers("numerics"):
-            if self.spec.numerics is not mark.args[0]:
-                return f"for numerics {mark.args[0]}, {name} declares {self.spec.numerics}"
+            if spec.numerics is not mark.args[0]:
+                return f"for numerics {mark.args[0]}, {name} declares {spec.numerics}"
         return None

@@ -1,4 +1,4 @@
-"""What a run of the kit found: the outcome of each test, and what the backend declares that no test exercised."""
+"""What a run of the kit found: the outcome of each test, and what the subject declares that no test exercised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from commplane_conformance import marks
 from commplane_conformance.expected import id_of, reason_for, unknown
-from commplane_conformance.subject import Subject
+from commplane_conformance.subject import AnySubject
 
 __all__ = ["Report"]
 
@@ -22,11 +22,11 @@ class Report:
     """Collects while the tests run.
 
     Args:
-        subject: the backend under test.
+        subject: what is under test.
         expected: reasons of expected failures by id.
     """
 
-    def __init__(self, subject: Subject, expected: Mapping[str, str]) -> None:
+    def __init__(self, subject: AnySubject, expected: Mapping[str, str]) -> None:
         self.subject = subject
         self.kit = version("commplane-conformance")
         self._expected = expected
@@ -43,7 +43,7 @@ class Report:
 
     def unknown_expectations(self) -> list[str]:
         """Expected failures that name no test."""
-        modules = [path.name.removeprefix("test_") for path in (Path(__file__).parent / "comm").glob("test_*.py")]
+        modules = [path.name.removeprefix("test_") for path in (Path(__file__).parent / self.subject.folder).glob("test_*.py")]
         return unknown(self._expected, self._tests, modules, self.subject.ranks)
 
     def record(self, item: pytest.Item, outcome: pytest.TestReport) -> None:
@@ -64,20 +64,11 @@ class Report:
 
     def _exercise(self, item: pytest.Item) -> None:
         self._exercised.update(f"capability {c}" for c in marks.needs_of(item))
-        parameters = getattr(item, "callspec", None)
-        for name, kind in (("dtype", "dtype"), ("float_dtype", "dtype"), ("op", "op")):
-            if parameters is not None and name in parameters.params:
-                self._exercised.add(f"{kind} {parameters.params[name]}")
+        self._exercised.update(self.subject.exercised(item))
 
     def unexercised(self) -> list[str]:
-        """What the backend declares and no test that passed has used."""
-        spec = self.subject.spec
-        declared = [
-            *(f"capability {c}" for c in sorted(spec.capabilities)),
-            *(f"dtype {d}" for d in sorted(spec.dtypes)),
-            *(f"op {o}" for o in sorted(spec.ops)),
-        ]
-        return [what for what in declared if what not in self._exercised]
+        """What the subject declares and no test that passed has used."""
+        return [what for what in self.subject.declared() if what not in self._exercised]
 
     def lines(self) -> list[str]:
         """For the end of the run."""
@@ -85,9 +76,7 @@ class Report:
         out = [f"{self.subject.describe()}: {', '.join(f'{n} {outcome}' for outcome, n in sorted(counts.items()))}"]
         skips = Counter(entry["reason"] for entry in self._tests.values() if entry["outcome"] == "skipped")
         out += [f"skipped {n}: {reason}" for reason, n in sorted(skips.items())]
-        least, most = self.subject.spec.min_bytes, self.subject.spec.max_bytes
-        if least or most is not None:
-            out.append(f"messages below {least} or above {most or 'any'} bytes went to other backends of the plan")
+        out += self.subject.notes()
         out += [f"declared, but exercised by no test that passed: {what}" for what in self.unexercised()]
         return out
 

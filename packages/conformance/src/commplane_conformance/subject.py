@@ -2,20 +2,75 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from commplane.api import BackendSpec
+import pytest
+
+from commplane.api import BackendSpec, Spec
 from commplane.config import Config
 from commplane.errors import CommplaneError
 from commplane.plugins import PluginHost, core_version
 
-__all__ = ["Subject", "find_subject"]
+__all__ = ["AnySubject", "Subject", "find_subject"]
+
+
+class AnySubject(ABC):
+    """What a run of the kit proves, of whatever kind.
+
+    Attributes:
+        folder: of the tests that are for its kind, beside this file.
+        contract: name of the API that it is made for.
+        page: of the documentation, which has the clauses that its tests cite.
+        ranks: sizes of the groups that its tests run with; none where the kind knows no groups.
+    """
+
+    folder: ClassVar[str]
+    contract: ClassVar[str]
+    page: ClassVar[str]
+    ranks: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def declaration(self) -> Spec:
+        """As the plugin registered it."""
+
+    @property
+    def name(self) -> str:
+        """As users select it."""
+        return self.declaration.name
+
+    @property
+    def capabilities(self) -> Collection[str]:
+        """What it declares that it can do."""
+        return frozenset(getattr(self.declaration, "capabilities", ()))
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for the head of a report."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+
+    def declared(self) -> list[str]:
+        """What it declares and a test can exercise, such as ``capability network``."""
+        return [f"capability {c}" for c in sorted(self.capabilities)]
+
+    def exercised(self, item: pytest.Item) -> set[str]:
+        """What of `declared` a test exercised by its parameters."""
+        return set()
+
+    def notes(self) -> list[str]:
+        """More lines for the end of a report."""
+        return []
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is proved.
+class Subject(AnySubject):
+    """A backend that is proved.
 
     Attributes:
         spec: as the plugin registered it.
@@ -25,6 +80,10 @@ class Subject:
         full: whether all cases are run.
     """
 
+    folder: ClassVar[str] = "comm"
+    contract: ClassVar[str] = "comm"
+    page: ClassVar[str] = "docs/semantics.md"
+
     spec: BackendSpec
     dist: str
     device: str
@@ -32,9 +91,9 @@ class Subject:
     full: bool
 
     @property
-    def name(self) -> str:
-        """Of the backend."""
-        return self.spec.name
+    def declaration(self) -> Spec:
+        """As the plugin registered it."""
+        return self.spec
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -62,6 +121,24 @@ class Subject:
             "full": self.full,
             "spec": self.spec.to_json(),
         }
+
+    def declared(self) -> list[str]:
+        """Capabilities, dtypes and ops."""
+        dtypes, ops = (f"dtype {d}" for d in sorted(self.spec.dtypes)), (f"op {o}" for o in sorted(self.spec.ops))
+        return [*super().declared(), *dtypes, *ops]
+
+    def exercised(self, item: pytest.Item) -> set[str]:
+        """The dtype and the op of a case."""
+        parameters = getattr(item, "callspec", None)
+        kinds = (("dtype", "dtype"), ("float_dtype", "dtype"), ("op", "op"))
+        return set() if parameters is None else {f"{k} {parameters.params[n]}" for n, k in kinds if n in parameters.params}
+
+    def notes(self) -> list[str]:
+        """Where its limits are, if it has any."""
+        least, most = self.spec.min_bytes, self.spec.max_bytes
+        if not least and most is None:
+            return []
+        return [f"messages below {least} or above {most or 'any'} bytes went to other backends of the plan"]
 
 
 _EVERY_DTYPE = ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64")

@@ -1,0 +1,1 @@
+"""What every transfer engine has to pass: ``pytest --pyargs commplane_conformance --commplane-engine NAME``."""
