@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from commplane import errors
+from commplane.api import BackendSpec, BuildContext, hookimpl
+from commplane.plugins import PluginHost
 from commplane.runtime import Plane
 from commplane.testing import run_threads
 
@@ -209,3 +212,27 @@ def test_words_that_are_no_collective_are_refused() -> None:
         assert tp.plan.explain(op="avg", dtype="int64").chosen is None
 
     run(2, rank_main)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.distributed.ProcessGroupGloo, "set_timeout"), reason="Gloo of this torch has one timeout for everything"
+)
+@pytest.mark.timeout(60)
+def test_a_rank_that_is_slow_to_connect_has_the_time_of_a_start_up() -> None:
+    class Slow:
+        @hookimpl
+        def commplane_build_communicator(self, spec: BackendSpec, context: BuildContext) -> None:
+            if context.rank == 1:
+                time.sleep(2.0)  # four times as long as a running operation may wait
+
+    def plugins(_rank: int) -> PluginHost:
+        host = PluginHost()
+        host.register(Slow(), "slow")
+        return host
+
+    def rank_main(plane: Plane) -> float:
+        with plane.communicator("tp") as tp:
+            return float(tp.all_reduce(torch.ones(1)))
+
+    limits = {"startup_timeout": 30, "run_timeout": 0.5}
+    assert run_threads(2, rank_main, plugins=plugins, config=lambda _rank: limits, timeout=50) == [2.0, 2.0]

@@ -161,7 +161,13 @@ def _process_group(context: BuildContext) -> Any:
     timeout = timedelta(seconds=context.timeout)
     device = context.key.device
     if device == "cpu":
-        return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+        # Gloo knows one timeout, for its connections and for its operations. Where it can be set again afterwards, a rank that
+        # is slow to connect has what is left of the start-up's deadline, however short a running operation may wait.
+        if not hasattr(dist.ProcessGroupGloo, "set_timeout"):
+            return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+        group = dist.ProcessGroupGloo(store, rank, size, timeout=timedelta(seconds=max(0.001, context.deadline.remaining())))
+        group.set_timeout(timeout)
+        return group
     if device == "cuda":
         torch.cuda.set_device(torch.device(context.device))
         options = dist.ProcessGroupNCCL.Options()
