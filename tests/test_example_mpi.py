@@ -46,6 +46,7 @@ def beside_core(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1", **library}
 
 
+@pytest.mark.long
 def test_the_mpi_example_passes_the_conformance_kit(beside_core: Mapping[str, str], tmp_path: Path) -> None:
     kit = ["--pyargs", "commplane_conformance", "--commplane-backend", "mpi", "--commplane-ranks", "2"]
     kit += ["--commplane-report", "report.json"]

@@ -76,6 +76,7 @@ def test_a_rendered_project_passes_its_own_tests(project: Project) -> None:
 
 
 # With 2, 3 and 4 ranks it is `nox -s template`.
+@pytest.mark.long
 def test_a_rendered_project_passes_the_conformance_kit(project: Project, tmp_path: Path) -> None:
     kit = ["--pyargs", "commplane_conformance", "--commplane-backend", "acme", "--commplane-ranks", "2"]
     kit += ["--commplane-expected-failures", str(project.folder / "conformance-expected-failures.txt")]

@@ -20,6 +20,7 @@ from commplane.testing import Outcome
 SOAK = Path(__file__).with_name("soak.py")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_twenty_kills_at_random_moments() -> None:
     out = subprocess.run([sys.executable, str(SOAK), "--kills", "20"], capture_output=True, text=True, check=False)

@@ -36,8 +36,14 @@ def test_there_are_more_than_twenty_and_each_is_caught_by_a_test_of_its_own() ->
     assert len(set(ALL.values())) == len(ALL)
 
 
+# Their tests wait for deadlines, which takes 10 to 25 s each.
+WAITS = {"MeetsElsewhere", "UnboundedWait", "LeaksAnotherName", "GivesUpEarly", "LeaksAThread", "HoldsTheLock"}
+
+
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("plugin", ALL)
+@pytest.mark.parametrize(
+    "plugin", [pytest.param(name, marks=[pytest.mark.long] * (name.partition(":")[2] in WAITS)) for name in ALL]
+)
 def test_a_wrong_backend_fails_the_test_that_is_meant_for_it(kit: Kit, plugin: str) -> None:
     argument, name = node(ALL[plugin])
     run = kit(plugin, "--commplane-ranks", ranks(name), tests=(argument,))
@@ -47,6 +53,7 @@ def test_a_wrong_backend_fails_the_test_that_is_meant_for_it(kit: Kit, plugin: s
     assert re.search(r"docs/semantics\.md, S\d+", run.output)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_an_honest_backend_passes_all_of_these(kit: Kit) -> None:
     for size in ("2", "3", "4"):

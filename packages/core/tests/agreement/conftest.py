@@ -7,4 +7,4 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=None, help="scenarios on virtual ranks; on processes a hundredth of it")
-    parser.addoption("--full", action="store_true", help="ten times as many scenarios as by default")
+    parser.addoption("--full", action="store_true", help="twenty times as many scenarios as by default")
