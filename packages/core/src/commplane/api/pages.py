@@ -22,8 +22,9 @@ class StoreContext:
         page_bytes: size of every page, in bytes.
         namespace: of the keys: model revision, dtype, page size, layout and shard in one text. Pages of another namespace are
             never found, also in the same file or on the same server.
-        timeout: seconds that opening and an orderly close may take.
-        options: the store's own settings, such as a path or an address.
+        timeout: seconds that opening, an orderly close and each submitted batch may take. A batch that is not over by then ends
+            with an error, and from then on nothing touches its buffers.
+        options: the store's own settings, such as a path or an address. A name that the store does not know is refused.
     """
 
     page_bytes: int
@@ -50,7 +51,7 @@ class StoreDone:
 
 @dataclass(frozen=True)
 class StoreUsage:
-    """What a store holds: pages now, and pages it has room for (None: not known)."""
+    """What a store holds: pages now, and pages it has room for (None: not known). Of all namespaces where they share room."""
 
     pages: int | None
     capacity: int | None
@@ -59,8 +60,22 @@ class StoreUsage:
 class PageStore(ABC):
     """A storage tier. Keys are byte strings of 1 to 64 bytes; a value is one page and never changes once stored under its key.
 
-    Buffers belong to the caller and must stay as they are until the batch has ended. A `submit_get` whose page is missing or
-    damaged leaves its buffer undefined and says ``False``. `submit_exists` is a hint: a get after it may still say ``False``.
+    Buffers are contiguous bytes of the caller's and must stay as they are until the batch has ended. A `submit_get` whose page is
+    missing or damaged leaves its buffer undefined and says ``False``. `submit_exists` is a hint: a get after it may still say
+    ``False``. A batch sees all that ended before it was submitted; batches that are out together run in any order.
+
+    Nothing raises after `open`: a key or buffer that does not fit is ``False`` with an error, and a batch submitted after `close`
+    ends at once, refused in the same way.
+
+    Capabilities that a `PageStoreSpec` may declare:
+
+    ``"durable"``
+        a page whose put was acknowledged is found after this process has ended, also by ``kill -9``, and a store with the same
+        options is opened again; never half of one.
+    ``"shared"``
+        several processes may have it open at a time and see each other's pages.
+    ``"evicts"``
+        when full, it makes room for new pages by forgetting those that were used least recently.
     """
 
     @abstractmethod
@@ -89,7 +104,7 @@ class PageStore(ABC):
 
     @abstractmethod
     def poll(self, timeout: float = 0.0) -> list[StoreDone]:
-        """Ends of batches since the last call, each once; waits up to `timeout` seconds for the first."""
+        """Ends of batches since the last call, each once; waits up to `timeout` seconds for the first. Also after `close`."""
 
     @abstractmethod
     def usage(self) -> StoreUsage:

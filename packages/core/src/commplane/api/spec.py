@@ -132,16 +132,23 @@ class TransferSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class PageStoreSpec(Spec):
-    """A storage tier for cache pages; `factory` is imported when a cache is opened."""
+    """A storage tier for cache pages; `factory` is imported when a cache is opened.
+
+    `capabilities` are words that `PageStore` explains, such as ``"durable"``.
+    """
 
     factory: str
     tier: str = "storage"
+    capabilities: Collection[str] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_path(self.name, "factory", self.factory)
         if self.tier not in ("device", "host", "storage"):
             raise ValueError(f"{self.name}: tier must be device, host or storage, found {self.tier!r}")
+        if isinstance(self.capabilities, str):
+            raise ValueError(f"{self.name}: capabilities must be a collection of words, found {self.capabilities!r}")
+        self.set_defaulted("capabilities", frozenset(self.capabilities))
 
 
 @dataclass(frozen=True)
