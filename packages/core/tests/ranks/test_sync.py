@@ -47,10 +47,11 @@ def test_each_rule_gives_one_value_on_all_ranks() -> None:
         votes = plane.sync_round("step")
         mine = [10 + plane.rank, 3 - plane.rank]
         one = int(plane.rank == 1)
-        return [votes.step({"cache.any": one, "cache.all": one, "cache.min": m, "cache.max": m, "cache.leader": m}) for m in mine]
+        return [votes.step({"cache.any": one, "cache.all": one} | dict.fromkeys(numbers, m)) for m in mine]
 
-    first = {"cache.any": 1, "cache.all": 0, "cache.min": 10, "cache.max": 12, "cache.leader": 10}
-    second = {"cache.any": 1, "cache.all": 0, "cache.min": 1, "cache.max": 3, "cache.leader": 3}
+    numbers = ["cache.min", "cache.max", "cache.sum", "cache.leader"]
+    first = {"cache.any": 1, "cache.all": 0, "cache.min": 10, "cache.max": 12, "cache.sum": 33, "cache.leader": 10}
+    second = {"cache.any": 1, "cache.all": 0, "cache.min": 1, "cache.max": 3, "cache.sum": 6, "cache.leader": 3}
     assert run(3, rank_main, with_cache()) == [[first, second]] * 3
 
 
@@ -70,8 +71,8 @@ def test_a_rank_that_is_a_step_behind_is_an_error_on_all() -> None:
 def test_fields_are_checked_before_anything_is_sent() -> None:
     def rank_main(plane: Plane) -> int:
         votes = plane.sync_round("step")
-        with pytest.raises(errors.UnsupportedOperation, match=r"missing: cache.any, .*unknown: cache.sum"):
-            votes.step({**dict.fromkeys(list(votes.fields)[1:], 0), "cache.sum": 1})
+        with pytest.raises(errors.UnsupportedOperation, match=r"missing: cache.any, .*unknown: cache.median"):
+            votes.step({**dict.fromkeys(list(votes.fields)[1:], 0), "cache.median": 1})
         return votes.step(dict.fromkeys(votes.fields, 7))["cache.max"]
 
     assert run(2, rank_main, with_cache()) == [7, 7]

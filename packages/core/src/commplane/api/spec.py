@@ -153,13 +153,22 @@ class PageStoreSpec(Spec):
 
 @dataclass(frozen=True)
 class SyncField:
-    """One number of a sync round: a name and the rule by which the ranks' values become one."""
+    """A number of a sync round, or a vector of them: a name and the rule by which the ranks' values become one.
+
+    Attributes:
+        name: unique in its spec.
+        rule: of each number, element by element where there are several.
+        count: how many numbers; fixed, so that every round has one layout. With one the value is an integer, else a sequence.
+    """
 
     name: str
     rule: Vote
+    count: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", Vote(self.rule))
+        if type(self.count) is not int or self.count < 1:
+            raise ValueError(f"{self.name}: count must be a positive integer, found {self.count!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,11 @@ class Vote(_Text):
     """The rule by which local values become one agreed value."""
 
     ANY = "any"
+    """1 where some rank's value is not 0, else 0."""
     ALL = "all"
+    """1 where no rank's value is 0, else 0."""
     MIN = "min"
     MAX = "max"
+    SUM = "sum"
     LEADER = "leader"
+    """The value of group rank 0."""

@@ -283,15 +283,18 @@ class Plane:
         _, bootstrap = self._meeting(key)
         return self._formation(key, key.device, self.config.backends, bootstrap, {}).agree().order
 
-    def sync_round(self, name: str, ranks: Sequence[int] | None = None) -> SyncRound:
+    def sync_round(
+        self, name: str, ranks: Sequence[int] | None = None, *, specs: Sequence[str | SyncSpec] | None = None
+    ) -> SyncRound:
         """A round of votes over `ranks`, with the fields that plugins registered as cache sync. Collective over `ranks`.
 
         It has a communicator of its own, so its steps never mix with other traffic.
         """
-        specs = {n: r.spec for n, r in self.plugins.registered(SyncSpec).items() if isinstance(r.spec, SyncSpec)}
+        registered = {n: r.spec for n, r in self.plugins.registered(SyncSpec).items() if isinstance(r.spec, SyncSpec)}
+        chosen = [s if isinstance(s, SyncSpec) else registered[s] for s in (registered if specs is None else specs)]
         communicator = self.communicator(f"sync_{name}", ranks, device="cpu", backends=[LAST_RESORT])
         try:
-            return SyncRound(communicator, specs)
+            return SyncRound(communicator, chosen)
         except MismatchError:  # on every rank alike
             communicator.close()
             raise

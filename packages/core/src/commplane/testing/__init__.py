@@ -10,6 +10,7 @@ from commplane.testing.canary import without_canary
 from commplane.testing.leftovers import shm_leftovers
 from commplane.testing.processes import Outcome, run_processes
 from commplane.testing.simulated_plane import SimulatedStore, init_simulated
+from commplane.testing.simulated_rounds import SimulatedRound, SimulatedRounds
 from commplane.testing.simulation import Killed, Simulation
 from commplane.testing.threads import run_threads
 
@@ -17,6 +18,8 @@ __all__ = [
     "Killed",
     "Outcome",
     "PluginHost",
+    "SimulatedRound",
+    "SimulatedRounds",
     "SimulatedStore",
     "Simulation",
     "init_simulated",
