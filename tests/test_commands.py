@@ -57,7 +57,7 @@ def test_bench_writes_the_machine_and_rows_with_the_agreed_keys_and_a_picture(co
     rows, machine = answer["rows"], answer["machine"]
     assert machine.keys() == MACHINE_KEYS
     assert machine["command"] == f"commplane bench --ranks 2 {' '.join(arguments)}" and machine["ranks"] == 2
-    assert machine["wheels"].keys() == {"commplane", "commplane-custom-ar"} and machine["backends"]["custom_ar"]["isa"]
+    assert machine["wheels"].keys() >= {"commplane", "commplane-custom-ar"} and machine["backends"]["custom_ar"]["isa"]
     assert machine["cpu"] in out.stdout
     assert all(set(row) == ROW_KEYS for row in rows)
     assert sorted((r["backend"], r["mode"], r["pinned"], r["bytes"]) for r in rows) == sorted(
