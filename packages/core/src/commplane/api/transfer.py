@@ -22,7 +22,7 @@ class TransferContext:
     Attributes:
         name: of this end, unique among all ends that may meet, such as ``"prefill-3/tp0"``.
         host: address of this machine that peers reach.
-        timeout: seconds that one wait of the engine's own (a connect, an orderly close) may take.
+        timeout: seconds that one wait of the engine's own may take: a connect, an orderly close, a transfer without progress.
         options: the engine's own settings.
     """
 
@@ -48,13 +48,21 @@ class Moved:
 class TransferEngine(ABC):
     """One end of transfers. Not thread-safe: one thread calls it.
 
+    A transfer of which the peer has not acknowledged anything for the context's timeout ends with an error, so every ticket ends.
+
     Capabilities that a `TransferSpec` may declare:
 
     ``"network"``
         reaches peers on other hosts.
     ``"quiet"``
-        once `poll` has given a ticket's end, or `disconnect` has returned, no byte of it can land any more. An engine without it
-        leaves that open, and the caller quarantines the pages of a transfer that failed.
+        once `poll` has given a ticket's end, or `disconnect` has returned at the writing end, no byte of it can land any more,
+        whatever state the peer is in. Of a writer whose process has ended nothing can land either.
+    ``"fenced"``
+        once `disconnect` has returned at the end whose pool was written, no byte of that peer's can land in it any more, whether
+        the peer is alive, stopped or dead and whether this end had connected to it or not; until one of the two connects again.
+
+    Without either the caller quarantines the pages of a transfer that failed.
+
     ``"device"``
         takes memory of a device, as a tensor.
     """
@@ -116,7 +124,10 @@ class TransferEngine(ABC):
 
     @abstractmethod
     def disconnect(self, peer: str) -> None:
-        """Forget `peer`: its open transfers end through `poll` with an error. Idempotent."""
+        """Forget `peer`: its open transfers end through `poll` with an error. Idempotent.
+
+        `peer` is the name of the context of the other end, which need not have been connected to from here.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -1,0 +1,12 @@
+"""The declarations of the engines. Imports none of them."""
+
+from __future__ import annotations
+
+from commplane.api import TransferSpec
+
+__all__ = ["SPECS"]
+
+_HERE = "commplane_disagg.engines"
+
+SPECS = (TransferSpec(name="shm", api=(1, 0), factory=f"{_HERE}.shm:SharedMemory", capabilities={"quiet"}),)
+"""What `commplane_register_transfer_engines` returns."""
