@@ -1,0 +1,113 @@
+"""The data file of a slab: pages to and from slots, straight from and into the caller's buffers, without the global lock."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["DIRECT_ALIGNMENT", "SlotFile"]
+
+DIRECT_ALIGNMENT = 4096
+_MOST_BUFFERS = 1024
+"""IOV_MAX of Linux."""
+
+
+class SlotFile:
+    """Thread-safe as far as callers do not write the same slot. Errors are `OSError`, never a signal: nothing is mapped.
+
+    Attributes:
+        refused: why O_DIRECT is not used although it was asked for, or None.
+    """
+
+    def __init__(self, path: Path, page_bytes: int, *, direct: bool) -> None:
+        self._page_bytes = page_bytes
+        self._local = threading.local()
+        self._direct = False
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self.refused = self._open_direct(path, flags | os.O_DIRECT) if direct else None
+        if not self._direct:
+            self._fd = os.open(path, flags, 0o644)
+
+    def _open_direct(self, path: Path, flags: int) -> str | None:
+        if self._page_bytes % DIRECT_ALIGNMENT:
+            return f"pages of {self._page_bytes} bytes are no multiple of {DIRECT_ALIGNMENT}"
+        fd = -1
+        try:
+            fd = os.open(path, flags, 0o644)
+            os.preadv(fd, [mmap.mmap(-1, DIRECT_ALIGNMENT)], 0)  # some file systems refuse only here
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            if error.errno != errno.EINVAL:
+                raise
+            return f"the file system of {path.parent} does not have O_DIRECT"
+        self._fd, self._direct = fd, True
+        return None
+
+    def read(self, first: int, pages: Sequence[memoryview]) -> int:
+        """Read neighbouring slots; how many pages are whole: fewer where the file ends."""
+        if self._direct and not all(map(_is_aligned, pages)):
+            for done, page in enumerate(pages):
+                bounce = self._bounce()
+                if self._move(os.preadv, [bounce], first + done) < 1:
+                    return done
+                page[:] = bounce
+            return len(pages)
+        return self._move(os.preadv, pages, first)
+
+    def write(self, first: int, pages: Sequence[memoryview]) -> None:
+        """Write pages to neighbouring slots."""
+        if self._direct and not all(map(_is_aligned, pages)):
+            for done, page in enumerate(pages):
+                bounce = self._bounce()
+                bounce[:] = page
+                self._move(os.pwritev, [bounce], first + done)
+        else:
+            self._move(os.pwritev, pages, first)
+
+    def _bounce(self) -> memoryview:
+        """A page of this thread's own, aligned."""
+        if not hasattr(self._local, "bounce"):
+            self._local.bounce = memoryview(mmap.mmap(-1, self._page_bytes))
+        return self._local.bounce  # type: ignore[no-any-return]
+
+    def _move(self, call: Callable[[int, list[memoryview], int], int], pages: Sequence[memoryview], first: int) -> int:
+        views, offset, moved = list(pages), first * self._page_bytes, 0
+        while views:
+            count = call(self._fd, views[:_MOST_BUFFERS], offset + moved)
+            moved += count
+            if not count or (self._direct and count % DIRECT_ALIGNMENT):
+                break  # the end of the file
+            while views and count >= len(views[0]):  # a call may move less than it was given; the next one then says why
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
+        return moved // self._page_bytes
+
+    def reserve(self, pages: int) -> None:
+        """Take room on the device for that many slots now. Raises `OSError` if there is none."""
+        os.posix_fallocate(self._fd, 0, pages * self._page_bytes)
+
+    def cut(self, pages: int) -> None:
+        """Give back what lies behind that many slots."""
+        if os.fstat(self._fd).st_size > pages * self._page_bytes:
+            os.ftruncate(self._fd, pages * self._page_bytes)
+
+    def sync(self) -> None:
+        """Wait until what was written is on the device."""
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close the file. Once."""
+        os.close(self._fd)
+
+
+def _is_aligned(page: memoryview) -> bool:
+    address: int = np.frombuffer(page, np.uint8).__array_interface__["data"][0]
+    return address % DIRECT_ALIGNMENT == 0
