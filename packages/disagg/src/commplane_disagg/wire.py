@@ -112,7 +112,7 @@ class Topology(Struct, frozen=True, kw_only=True):
     def __contains__(self, key: Coordinate) -> bool:
         return key.dp < self.dp and key.cp < self.cp and key.tp < self.tp and key.pp < self.pp
 
-    def keys(self) -> Iterator[Coordinate]:
+    def places(self) -> Iterator[Coordinate]:
         """Every coordinate of the grid, in order."""
         for place in itertools.product(range(self.dp), range(self.cp), range(self.tp), range(self.pp)):
             yield Coordinate(*place)

@@ -11,7 +11,9 @@ from commplane.errors import CommplaneError
 
 __all__ = ["main"]
 
-_COMMANDS: dict[str, str] = {}
+_COMMANDS: dict[str, str] = {
+    "serve": "run the bootstrap registry in the foreground",
+}
 """Name -> one line of help. Module `NAME` here defines ``add_arguments(parser)`` and ``run(arguments) -> int``."""
 
 

@@ -1,0 +1,10 @@
+"""The registry: where the ranks of a group are, who they are, and whether all have come."""
+
+from __future__ import annotations
+
+from commplane_disagg.registry.auth import metrics_token, read_token
+from commplane_disagg.registry.client import RegistryClient, new_instance, restarts
+from commplane_disagg.registry.lease import Lease
+from commplane_disagg.registry.server import RegistryServer
+
+__all__ = ["Lease", "RegistryClient", "RegistryServer", "metrics_token", "new_instance", "read_token", "restarts"]

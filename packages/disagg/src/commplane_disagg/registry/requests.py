@@ -1,0 +1,176 @@
+"""Requests to a registry: signed, retried until a deadline, and what went wrong as one sentence. For any thread."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from commplane.api import Deadline
+from commplane.errors import AgreementError, CommplaneError, ConfigError, PeerError
+from commplane_disagg.registry.addresses import url_host
+from commplane_disagg.registry.auth import Signer
+from commplane_disagg.wire import MSGPACK, Problem, decode, encode
+
+__all__ = ["RefusedError", "RegistryHttp"]
+
+_T = TypeVar("_T")
+_FIRST, _LONGEST = 0.05, 2.0
+"""Seconds before the first retry, doubled each time, and at most; each is cut by up to half at random, so that the ranks of a job
+do not all come back at once."""
+
+_ANSWER_LIMIT = 256 << 20
+
+
+class RefusedError(Exception):
+    """The registry understood and said no."""
+
+    def __init__(self, status: int, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.status, self.problem = status, problem
+
+    def typed(self, text: str) -> CommplaneError:
+        """As an error of ours: of the ranks' agreement for 409, else of what this rank was given."""
+        return AgreementError(text) if self.status == 409 else ConfigError(text)
+
+
+class RegistryHttp:
+    """One registry's address. Keeps idle connections; threads that ask at the same time have one each.
+
+    Args:
+        host: of the registry; a wildcard to bind is none to ask.
+        port: of the registry.
+        token: the shared one, None where the server takes requests from anybody.
+        attempt: seconds of one try.
+    """
+
+    def __init__(self, host: str, port: int, *, token: bytes | None, attempt: float = 5.0) -> None:
+        self.address = f"{url_host(host)}:{port}"
+        self.attempt = attempt
+        self._host, self._port = host, port
+        self._signer = Signer(token) if token is not None else None
+        self._lock = threading.Lock()
+        self._idle: list[http.client.HTTPConnection] = []
+        self._closed = False
+
+    def close(self) -> None:
+        """Close idle connections; a request in another thread fails or ends first. Idempotent."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def ask(
+        self,
+        kind: type[_T],
+        method: str,
+        path: str,
+        body: msgspec.Struct | None = None,
+        *,
+        who: str,
+        timeout: float,
+        wait: float = 0.0,
+        retry: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> _T:
+        """One request until it is answered.
+
+        Args:
+            kind: of the answer.
+            method: of HTTP.
+            path: with its query.
+            body: to send.
+            who: asks, and what for; the beginning of an error's text.
+            timeout: seconds for all tries.
+            wait: seconds that the server was asked to wait, on top of those of a try.
+            retry: False tries once.
+            stop: whether to give up between tries.
+
+        Raises:
+            RefusedError: the registry said no, and trying again will not change that before the deadline.
+            PeerError: no answer within the timeout; the text has the last cause.
+        """
+        payload = encode(body) if body is not None else b""
+        deadline, tries, delay = Deadline(timeout), 0, _FIRST
+        while True:
+            tries += 1
+            pause: float | None = None
+            try:
+                status, found = self._try(method, path, payload, min(self.attempt + wait, max(deadline.remaining(), 0.01)))
+                if status < 300:
+                    return decode(kind, found)
+                refused = RefusedError(status, _problem(status, found))
+                pause = refused.problem.retry_after
+                if status < 500 and (pause is None or pause >= deadline.remaining()):
+                    raise refused
+                cause = f"{status}: {refused}"
+            except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+                cause = _cause(error)
+            pause = min(delay, pause) if pause is not None else delay
+            if not retry or stop() or deadline.remaining() <= pause:
+                times = "1 try" if tries == 1 else f"{tries} tries"
+                raise PeerError(
+                    f"{who}: the registry at {self.address} gave no answer within {timeout:g} s ({times}), the last cause was "
+                    f"{cause}; is it running, and is this its address"
+                )
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            delay = min(2 * delay, _LONGEST)
+
+    def _try(self, method: str, path: str, body: bytes, timeout: float) -> tuple[int, bytes]:
+        """One exchange. A kept connection that the server has closed meanwhile is replaced once."""
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        if connection is not None:
+            try:
+                return self._exchange(connection, method, path, body, timeout)
+            except (http.client.RemoteDisconnected, ConnectionError, http.client.CannotSendRequest):
+                pass  # it was idle: whether the server is there, a new connection tells
+        return self._exchange(http.client.HTTPConnection(self._host, self._port), method, path, body, timeout)
+
+    def _exchange(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes, timeout: float
+    ) -> tuple[int, bytes]:
+        done = False
+        try:
+            connection.timeout = timeout
+            if connection.sock is not None:
+                connection.sock.settimeout(timeout)
+            kind = MSGPACK if body else ""
+            headers = {"Accept": MSGPACK, "Host": self.address}
+            if kind:
+                headers["Content-Type"] = kind
+            if self._signer is not None:
+                headers["Authorization"] = self._signer.header(method, path, kind, body)
+            connection.request(method, path, body or None, headers)
+            response = connection.getresponse()
+            data = response.read(_ANSWER_LIMIT + 1)
+            if len(data) > _ANSWER_LIMIT:
+                raise http.client.HTTPException(f"an answer of more than {_ANSWER_LIMIT} bytes")
+            done = not response.will_close
+            return response.status, data
+        finally:
+            with self._lock:
+                done = done and not self._closed
+                if done:
+                    self._idle.append(connection)
+            if not done:
+                connection.close()
+
+
+def _problem(status: int, body: bytes) -> Problem:
+    try:
+        return decode(Problem, body)
+    except msgspec.DecodeError:  # somebody else answers at this address, or an HTTP error below the application
+        text = body[:200].decode("utf-8", "replace").strip()
+        return Problem(code="malformed", message=f"HTTP {status} {text!r}")
+
+
+def _cause(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
