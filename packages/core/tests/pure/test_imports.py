@@ -110,7 +110,7 @@ def modules(package: str) -> list[str]:
 
 
 # The only modules that import torch when they are imported; in this folder torch may be missing.
-NEED_TORCH = ("commplane.agree.canary", "commplane.backends.torch_dist", "commplane.ops")
+NEED_TORCH = ("commplane.agree.canary", "commplane.backends.torch_dist", "commplane.demo", "commplane.ops")
 
 
 @pytest.mark.parametrize("module", [m for m in modules("commplane") if not m.startswith(NEED_TORCH)])
