@@ -8,5 +8,8 @@ __all__ = ["SPECS"]
 
 _HERE = "commplane_disagg.engines"
 
-SPECS = (TransferSpec(name="shm", api=(1, 0), factory=f"{_HERE}.shm:SharedMemory", capabilities={"quiet"}),)
+SPECS = (
+    TransferSpec(name="shm", api=(1, 0), factory=f"{_HERE}.shm:SharedMemory", capabilities={"quiet"}),
+    TransferSpec(name="tcp", api=(1, 0), factory=f"{_HERE}.tcp:Tcp", capabilities={"network", "fenced"}),
+)
 """What `commplane_register_transfer_engines` returns."""
