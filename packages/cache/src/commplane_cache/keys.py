@@ -1,8 +1,8 @@
 """What a page is called in storage: a namespace that says what its bytes are, and a key that says which tokens they hold.
 
 Two processes that would compute the same bytes arrive at the same names without talking; processes that differ in anything that
-changes the bytes (weights, dtype, page size, layout, shard) never meet. Keys are chained: a key names the whole prefix that ends with
-its page, and a page is found only after the same tokens from the start.
+changes the bytes (weights, dtype, page size, layout, shard) never meet. Keys are chained: a key names the whole prefix up to the
+end of its page, and a page is found only after the same tokens from the start.
 """
 
 from __future__ import annotations
