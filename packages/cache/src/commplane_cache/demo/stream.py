@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from commplane.errors import ConfigError
 from commplane_cache.demo.text import SENTENCES, SYSTEMS
@@ -46,10 +45,6 @@ class Shape:
         for name in ("conversations", "turns", "documents", "sentences", "answer", "open"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"stream of conversations: {name} must be 1 or more, found {getattr(self, name)}")
-
-    def to_json(self) -> dict[str, Any]:
-        """For the configuration of a rank."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""What a rank of the demo does: it meets the others, builds its part of the model, and serves the stream once for each pass."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+import commplane
+from commplane.demo import ModelConfig, PagedKV, Shard, Transformer
+from commplane_cache.demo.engine import Engine, NoCache, Pages
+from commplane_cache.demo.job import Job
+from commplane_cache.demo.stream import Conversations, arrivals
+
+__all__ = ["serve"]
+
+
+def serve(job: Job) -> list[dict[str, Any]]:
+    """All passes of this rank, as `commplane_cache.demo.report` reads them. Collective over the ranks of the job.
+
+    Raises:
+        CommplaneError: the ranks do not agree, or one of them is missing.
+    """
+    from torch.distributed import TCPStore
+
+    torch.set_num_threads(1)
+    store = TCPStore("127.0.0.1", job.port, is_master=False, timeout=timedelta(seconds=30))
+    with commplane.init(store=store, rank=job.rank, world_size=job.world_size) as plane:
+        config = ModelConfig(**job.model)
+        tp_rank, cp_rank = job.rank % job.tp, job.rank // job.tp
+        shard = Shard(tp_rank, job.tp, cp_rank, job.cp)
+        tp = (
+            plane.communicator("attention_tp", [cp_rank * job.tp + i for i in range(job.tp)], device="cpu")
+            if job.tp > 1
+            else None
+        )
+        cp = (
+            plane.communicator("attention_cp", [i * job.tp + tp_rank for i in range(job.cp)], device="cpu")
+            if job.cp > 1
+            else None
+        )
+        model = Transformer(config, shard, tp_sum=tp and tp.all_reduce_, cp_sum=cp and cp.all_reduce_)
+        for communicator, largest in zip((tp, cp), model.message_bytes(), strict=True):
+            if communicator is not None:
+                communicator.prepare("all_reduce", dtype=torch.float64, max_bytes=largest)
+        out = []
+        for name, cached in job.passes:
+            layout = config.layout(job.tp)
+            pool = PagedKV(layout, bytearray(job.cache.device * layout.page_bytes))
+            pages: Pages = NoCache(pool.capacity, config.page_tokens * job.cp)
+            engine = Engine(model, pool, pages, batch=job.batch, answer=job.shape.answer)
+            turns = arrivals(job.shape)
+            start = time.perf_counter()
+
+            def progress(done: int, of: int, name: str = name) -> None:
+                if job.progress and (done == of or sys.stderr.isatty()):
+                    end = "\n" if done == of else ""
+                    print(f"\r  {name}: {done}/{of} requests", end=end, file=sys.stderr, flush=True)
+
+            rows = engine.serve(turns, Conversations(job.shape, job.sentences), progress)
+            out.append(
+                {
+                    "name": name,
+                    "cached": cached,
+                    "requests": rows,
+                    "seconds": time.perf_counter() - start,
+                    "steps": engine.steps,
+                    "counters": {},
+                }
+            )
+        return out
