@@ -190,13 +190,18 @@ class Tenure(Struct, frozen=True, kw_only=True):
 
 
 class TableView(Struct, frozen=True, kw_only=True):
-    """GET table: everything, in one answer. `topology` is None while no rank has registered."""
+    """GET table: everything, in one answer. `topology` is None while no rank has registered, `lease` is in seconds."""
 
     server: str
     sequence: int
     topology: Topology | None
     ready: bool
     rows: tuple[Row, ...]
+    lease: float = 0.0
+
+    def row(self, key: Coordinate) -> Row | None:
+        """The row of one place."""
+        return next((row for row in self.rows if row.key == key), None)
 
 
 class Readiness(Struct, frozen=True, kw_only=True):

@@ -85,8 +85,14 @@ class RegistryClient:
         """Of the registry, for messages."""
         return self.http.address
 
+    def another(self) -> RegistryClient:
+        """The same, with connections and a `close` of its own: for a thread that waits in long polls."""
+        copy = object.__new__(RegistryClient)
+        copy.http, copy.group, copy.timeout, copy._path = self.http.another(), self.group, self.timeout, self._path
+        return copy
+
     def close(self) -> None:
-        """Close idle connections. Idempotent; rows stay until they are withdrawn or expire."""
+        """Close connections; calls that other threads have out fail. Idempotent; rows stay until they are withdrawn or expire."""
         self.http.close()
 
     def __enter__(self) -> RegistryClient:
@@ -161,12 +167,13 @@ class RegistryClient:
             elif deadline.expired:
                 raise PeerError(_missing(self.group, self.address, seconds, found))
 
-    def changes(self, since: int, *, wait: float = 0.0, timeout: float | None = None) -> Changes:
+    def changes(self, since: int, *, wait: float = 0.0, timeout: float | None = None, retry: bool = True) -> Changes:
         """What happened after change `since`; waits up to `wait` seconds for the first. See `Changes` for gaps."""
         wait = min(wait, _POLL)
         who = f"changes of group {self.group!r} cannot be read"
         seconds = (self.timeout if timeout is None else timeout) + wait
-        return self._ask(Changes, "GET", f"/changes?since={since}&wait={wait:.3f}", who=who, timeout=seconds, wait=wait)
+        path = f"/changes?since={since}&wait={wait:.3f}"
+        return self._ask(Changes, "GET", path, who=who, timeout=seconds, wait=wait, retry=retry)
 
     def watch(self, since: int, timeout: float) -> Iterator[Change]:
         """Changes after `since` as they come, until `timeout` seconds are over. For a live view of the rows: `Follower`.
@@ -204,11 +211,12 @@ class RegistryClient:
         who: str,
         timeout: float | None,
         wait: float = 0.0,
+        retry: bool = True,
         typed: bool = True,
     ) -> _T:
         seconds = self.timeout if timeout is None else timeout
         try:
-            return self.http.ask(kind, method, self._path + path, body, who=who, timeout=seconds, wait=wait)
+            return self.http.ask(kind, method, self._path + path, body, who=who, timeout=seconds, wait=wait, retry=retry)
         except RefusedError as refused:
             if not typed:
                 raise

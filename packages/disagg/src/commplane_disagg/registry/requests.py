@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -56,13 +57,24 @@ class RegistryHttp:
         self._signer = Signer(token) if token is not None else None
         self._lock = threading.Lock()
         self._idle: list[http.client.HTTPConnection] = []
+        self._busy: set[http.client.HTTPConnection] = set()
         self._closed = False
 
+    def another(self) -> RegistryHttp:
+        """The same address and token, with connections and a close of its own."""
+        copy = RegistryHttp(self._host, self._port, token=None, attempt=self.attempt)
+        copy._signer = self._signer
+        return copy
+
     def close(self) -> None:
-        """Close idle connections; a request in another thread fails or ends first. Idempotent."""
+        """Close connections; a request that another thread has out fails at once. Idempotent."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
+            for connection in self._busy:
+                if connection.sock is not None:
+                    with contextlib.suppress(OSError):  # the peer has closed it already
+                        connection.sock.shutdown(socket.SHUT_RDWR)
         for connection in idle:
             connection.close()
 
@@ -77,7 +89,6 @@ class RegistryHttp:
         timeout: float,
         wait: float = 0.0,
         retry: bool = True,
-        stop: Callable[[], bool] = lambda: False,
     ) -> _T:
         """One request until it is answered.
 
@@ -90,7 +101,6 @@ class RegistryHttp:
             timeout: seconds for all tries.
             wait: seconds that the server was asked to wait, on top of those of a try.
             retry: False tries once.
-            stop: whether to give up between tries.
 
         Raises:
             RefusedError: the registry said no, and trying again will not change that before the deadline.
@@ -113,7 +123,7 @@ class RegistryHttp:
             except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
                 cause = _cause(error)
             pause = min(delay, pause) if pause is not None else delay
-            if not retry or stop() or deadline.remaining() <= pause:
+            if not retry or self._closed or deadline.remaining() <= pause:
                 times = "1 try" if tries == 1 else f"{tries} tries"
                 raise PeerError(
                     f"{who}: the registry at {self.address} gave no answer within {timeout:g} s ({times}), the last cause was "
@@ -137,6 +147,10 @@ class RegistryHttp:
         self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes, timeout: float
     ) -> tuple[int, bytes]:
         done = False
+        with self._lock:
+            if self._closed:
+                raise http.client.HTTPException("this client is closed")
+            self._busy.add(connection)
         try:
             connection.timeout = timeout
             if connection.sock is not None:
@@ -156,6 +170,7 @@ class RegistryHttp:
             return response.status, data
         finally:
             with self._lock:
+                self._busy.discard(connection)
                 done = done and not self._closed
                 if done:
                     self._idle.append(connection)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from types import TracebackType
 
 from aiohttp import web
 
+from commplane.api import Deadline
 from commplane.errors import CommplaneError, ConfigError
 from commplane_disagg.port import BoundSocket
 from commplane_disagg.registry.auth import Verifier
@@ -70,6 +72,15 @@ class RegistryServer:
         if self._failure is not None:
             raise CommplaneError(f"the registry at {self.bound} cannot serve: {self._failure}") from self._failure
         return self
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until no group has a row any more: whether that came within `timeout` seconds."""
+        deadline = Deadline(timeout)
+        while not self.service.empty and self.alive:
+            if deadline.expired:
+                return False
+            time.sleep(0.02)
+        return True
 
     def close(self, timeout: float = 10.0) -> None:
         """Answer who waits, stop serving, close the socket. Idempotent."""

@@ -53,7 +53,14 @@ class Group:
         known = self._views.get(content_type)
         if known is None or known[0] != sequence:
             table = self.table
-            view = TableView(server=server, sequence=sequence, topology=table.topology, ready=table.ready, rows=table.rows())
+            view = TableView(
+                server=server,
+                sequence=sequence,
+                topology=table.topology,
+                ready=table.ready,
+                rows=table.rows(),
+                lease=table.lease,
+            )
             known = self._views[content_type] = (sequence, encode(view, content_type))
         return known[1]
 
@@ -73,6 +80,11 @@ class Service:
         self._now = now
         self._groups: dict[str, Group] = {}
         self._closing = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether no group has a row. For any thread."""
+        return not any(group.table.held for group in list(self._groups.values()))
 
     def group(self, name: str) -> Group:
         """The group; one that nobody has named before is empty.
