@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -32,21 +33,10 @@ def serve(job: Job) -> list[dict[str, Any]]:
         config = ModelConfig(**job.model)
         tp_rank, cp_rank = job.rank % job.tp, job.rank // job.tp
         shard = Shard(tp_rank, job.tp, cp_rank, job.cp)
-        tp = (
-            plane.communicator("attention_tp", [cp_rank * job.tp + i for i in range(job.tp)], device="cpu")
-            if job.tp > 1
-            else None
-        )
-        cp = (
-            plane.communicator("attention_cp", [i * job.tp + tp_rank for i in range(job.cp)], device="cpu")
-            if job.cp > 1
-            else None
-        )
-        model = Transformer(config, shard, tp_sum=tp and tp.all_reduce_, cp_sum=cp and cp.all_reduce_)
-        for communicator, largest in zip((tp, cp), model.message_bytes(), strict=True):
-            if communicator is not None:
-                communicator.prepare("all_reduce", dtype=torch.float64, max_bytes=largest)
-        out = []
+        tp_ranks = [cp_rank * job.tp + i for i in range(job.tp)]
+        cp_ranks = [i * job.tp + tp_rank for i in range(job.cp)]
+        model = Transformer(config, shard, tp_sum=_summing(plane, "tp", tp_ranks), cp_sum=_summing(plane, "cp", cp_ranks))
+        out: list[dict[str, Any]] = []
         for name, cached in job.passes:
             layout = config.layout(job.tp)
             pool = PagedKV(layout, bytearray(job.cache.device * layout.page_bytes))
@@ -58,7 +48,8 @@ def serve(job: Job) -> list[dict[str, Any]]:
             def progress(done: int, of: int, name: str = name) -> None:
                 if job.progress and (done == of or sys.stderr.isatty()):
                     end = "\n" if done == of else ""
-                    print(f"\r  {name}: {done}/{of} requests", end=end, file=sys.stderr, flush=True)
+                    sys.stderr.write(f"\r  {name}: {done}/{of} requests{end}")
+                    sys.stderr.flush()
 
             rows = engine.serve(turns, Conversations(job.shape, job.sentences), progress)
             out.append(
@@ -72,3 +63,11 @@ def serve(job: Job) -> list[dict[str, Any]]:
                 }
             )
         return out
+
+
+def _summing(plane: commplane.Plane, name: str, ranks: Sequence[int]) -> Callable[[torch.Tensor], object] | None:
+    """Sums over a group of the model, in place; None where the group is this rank alone. Collective over `ranks`."""
+    if len(ranks) == 1:
+        return None
+    communicator = plane.communicator(f"attention_{name}", ranks, device="cpu")
+    return lambda tensor: communicator.all_reduce_(tensor)
