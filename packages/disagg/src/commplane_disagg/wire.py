@@ -52,7 +52,7 @@ _Index = Annotated[int, Meta(ge=0, lt=GRID_LIMIT)]
 _Size = Annotated[int, Meta(ge=1, le=GRID_LIMIT)]
 _Amount = Annotated[int, Meta(ge=0, lt=1 << 53)]
 _Port = Annotated[int, Meta(ge=1, le=65535)]
-_Room = Annotated[int, Meta(ge=0, lt=1 << 63)]
+_Room = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Coordinate(Struct, frozen=True, order=True, array_like=True):
