@@ -1,0 +1,48 @@
+"""What the ranks of a cache agree on in every round: the fields of the spec ``"cache"``.
+
+Everything that a rank may find another way than its peers is in here, and only the agreed values change the tree:
+
+``free``
+    min: free pages on the device and on the host. What a rank has beyond that it does not use.
+``ended``, ``good``
+    min: for copies to the host, copies to the device and writes to storage: how many from the head of the queue have ended, and
+    how many of these, before the first failure, went well.
+``pages``
+    min, one a prefetch: the hit (-1: no answer yet) while it queries, then pages read without a gap.
+``level``
+    min, one a prefetch: 0 it goes on here, 1 it may end, 2 its I/O has ended. So all can terminate from 1 on.
+``stop``
+    max, one a prefetch: 1 it failed here and what all have is kept, 2 the request was aborted. So any terminates.
+"""
+
+from __future__ import annotations
+
+from commplane.api import Agreed, SyncField, SyncSpec, Vote
+
+__all__ = ["ENDED", "FREE", "GOOD", "LEVEL", "PAGES", "SLOTS", "STOP", "cache_sync_spec", "vector"]
+
+SLOTS = 16
+
+FREE, ENDED, GOOD, PAGES, LEVEL, STOP = (f"cache.{name}" for name in ("free", "ended", "good", "pages", "level", "stop"))
+
+
+def vector(agreed: Agreed, field: str) -> tuple[int, ...]:
+    """The agreed values of a field of this spec."""
+    values = agreed[field]
+    return values if isinstance(values, tuple) else (values,)
+
+
+def cache_sync_spec(slots: int = SLOTS) -> SyncSpec:
+    """The fields for caches with room for `slots` prefetches at a time; equal on all ranks."""
+    return SyncSpec(
+        name="cache",
+        api=(1, 0),
+        fields=(
+            SyncField("free", Vote.MIN, 2),
+            SyncField("ended", Vote.MIN, 3),
+            SyncField("good", Vote.MIN, 3),
+            SyncField("pages", Vote.MIN, slots),
+            SyncField("level", Vote.MIN, slots),
+            SyncField("stop", Vote.MAX, slots),
+        ),
+    )
