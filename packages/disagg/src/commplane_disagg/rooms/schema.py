@@ -1,0 +1,30 @@
+"""What the ranks of a group say to each other about rooms in every step."""
+
+from __future__ import annotations
+
+from commplane.api import SyncField, SyncSpec, Vote
+
+__all__ = ["CAPACITY", "LANES", "LIFTS", "ROOMS", "TEXT_WORDS"]
+
+CAPACITY = 128
+"""Rooms that are agreed upon at a time. Further ones go on transferring; the group hears of them when there is a place."""
+
+LANES = 2
+"""Failures whose text is told in one step."""
+
+TEXT_WORDS = 32
+"""Integers of one text; seven bytes each."""
+
+LIFTS = 16
+"""Quarantined rooms that are asked about in one step, in turns."""
+
+ROOMS = SyncSpec(
+    name="disagg_rooms",
+    api=(1, 0),
+    fields=(
+        SyncField("opened", Vote.MIN),  # how many rooms this rank has ever opened
+        SyncField("status", Vote.MIN, CAPACITY),
+        SyncField("text", Vote.MAX, LANES * TEXT_WORDS),  # from the rank that failed; zeros from all others
+        SyncField("lift", Vote.MIN, LIFTS),
+    ),
+)
