@@ -89,6 +89,7 @@ def test_what_leaves_the_device_comes_back_from_the_host(write):
     rank = OneRank(device=6, host=30, write=write)
     for _ in range(2):
         rank.serve(list(range(20)))
+        rank.serve(list(range(20)))  # used twice: that is what the selective policy waits for
         rank.settle()
         rank.serve(list(range(100, 124)))  # fills the device
         rank.settle()
