@@ -91,6 +91,12 @@ class RegistryClient:
         copy.http, copy.group, copy.timeout, copy._path = self.http.another(), self.group, self.timeout, self._path
         return copy
 
+    def of(self, group: str) -> RegistryClient:
+        """The same registry over the same connections, as another group sees it."""
+        copy = object.__new__(RegistryClient)
+        copy.http, copy.group, copy.timeout, copy._path = self.http, group, self.timeout, f"{ROUTES}/groups/{group}"
+        return copy
+
     def close(self) -> None:
         """Close connections; calls that other threads have out fail. Idempotent; rows stay until they are withdrawn or expire."""
         self.http.close()

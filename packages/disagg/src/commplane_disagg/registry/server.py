@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import threading
 import time
 from types import TracebackType
@@ -17,7 +18,7 @@ from commplane_disagg.registry.auth import Verifier
 from commplane_disagg.registry.routes import Routes
 from commplane_disagg.registry.service import Service
 
-__all__ = ["RegistryServer"]
+__all__ = ["RegistryServer", "allow_many_files"]
 
 _log = logging.getLogger("commplane_disagg")
 
@@ -125,3 +126,9 @@ class RegistryServer:
                 sweeper.cancel()
             self.service.close()
             await runner.cleanup()
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files to what it may have: each rank keeps a connection."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
