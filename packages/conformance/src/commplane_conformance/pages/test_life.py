@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,21 @@ def _held() -> tuple[int, int, int]:
     return len(list((own / "fd").iterdir())), len(tasks), children
 
 
+def _is_more(held: tuple[int, int, int], than: tuple[int, int, int]) -> bool:
+    return any(now > before for now, before in zip(held, than, strict=True))
+
+
+def _held_once_settled(most: tuple[int, int, int]) -> tuple[int, int, int]:
+    """What is held when it is no more than that, or after some seconds: a thread that was joined is still there for a moment."""
+    limit = time.monotonic() + 10.0
+    while _is_more(held := _held(), most) and time.monotonic() < limit:
+        time.sleep(0.01)
+    return held
+
+
 @clause("P15")
 def test_a_closed_store_leaves_no_descriptor_thread_or_process_behind(place: Place) -> None:
-    held = []
+    held: list[tuple[int, int, int]] = []
     for number in range(4):
         store = place.open()
         keys = keys_of(f"leak {number}", 4)
@@ -45,6 +58,8 @@ def test_a_closed_store_leaves_no_descriptor_thread_or_process_behind(place: Pla
         store.close()
         del store
         place.opened.clear()
-        held.append(_held())
-    # The first time a library may start what it keeps for the whole process.
-    assert held[1] == held[2] == held[3], f"descriptors, threads and processes after each of four lives: {held}"
+        # The first time a library may start what it keeps for the whole process.
+        held.append(_held() if not held else _held_once_settled(held[0]))
+    assert not any(_is_more(later, held[0]) for later in held), (
+        f"descriptors, threads and processes after each of four lives: {held}"
+    )

@@ -43,5 +43,4 @@ def test_namespaces_that_are_open_together_do_not_see_each_other(place: Place) -
         assert not any(exists(store, keys).ok)
         assert not any(get(store, keys, nbytes).ok)
     finally:
-        child.kill()
-        child.wait()
+        child.communicate(timeout=place.timeout)  # it closes its store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import time
 
 import pytest
@@ -36,17 +37,14 @@ def test_after_kill_9_every_acknowledged_page_is_found_and_no_torn_one(place: Pl
     for number in range(rounds):
         seed = f"round {number}"
         child = place.writer(seed, count, draw.choice((1, 3, 8)), nbytes)
-        assert child.stdout is not None
-        acknowledged, until = 0, draw.randrange(count // 2)
-        while acknowledged < until:
-            line = child.stdout.readline().strip()
-            assert line.isdigit(), f"the writer ended before it was killed, after {acknowledged} pages: {line}"
-            acknowledged = int(line)
-        time.sleep(draw.random() * 0.01)  # not at the moment of an answer
-        child.kill()
-        rest = child.stdout.read().split()
-        child.wait()
-        acknowledged = max([acknowledged, *(int(word) for word in rest if word.isdigit())])
+        acknowledged = 0
+        try:
+            acknowledged = _read_until(child, draw.randrange(count // 2))
+            time.sleep(draw.random() * 0.01)  # not at the moment of an answer
+        finally:
+            child.kill()
+            rest, _ = child.communicate()
+        acknowledged = max([acknowledged, *(int(word) for word in rest.split())])
         store = place.open(page_bytes=nbytes)
         keys = keys_of(seed, count)
         done = get(store, keys, nbytes)  # compares the bytes of what is said to be there
@@ -55,6 +53,16 @@ def test_after_kill_9_every_acknowledged_page_is_found_and_no_torn_one(place: Pl
         assert all(put(store, keys, nbytes).ok), "what a killed process left cannot be completed"
         assert all(get(store, keys, nbytes).ok)
         store.close()
+
+
+def _read_until(child: subprocess.Popen[str], pages: int) -> int:
+    assert child.stdout is not None
+    acknowledged = -1
+    while acknowledged < pages:
+        line = child.stdout.readline().strip()
+        assert line.isdigit(), f"the writer ended before it was killed, after {acknowledged} pages: {line}"
+        acknowledged = int(line)
+    return acknowledged
 
 
 @clause("P12")
@@ -104,5 +112,4 @@ def test_processes_see_each_others_pages(place: Place) -> None:
         assert said == ["0", "12"]
         assert all(get(store, keys, nbytes).ok)
     finally:
-        child.kill()
-        child.wait()
+        child.communicate(timeout=place.timeout)  # it closes its store
