@@ -16,14 +16,15 @@ from commplane_disagg.ranks import Grid, Kv, holding
 from commplane_disagg.rooms import ROOMS
 
 KV = Kv(layers=4, heads=4)
+ONE = Grid()
 TOKEN = b"a token of the tests"
 
 
-def layout_of(kv: Kv, grid: Grid, rank: int, *, pages: int = 16, tokens: int = 2, row: int = 8, **how: Any) -> KvLayout:
+def layout_of(kv: Kv, grid: Grid, rank: int, *, pages: int = 16, tokens: int = 2, row: int = 8, **how: bool) -> KvLayout:
     """A small pool for a rank; `how`: ``layer_major`` or ``heads_first``."""
     held = holding(kv, grid, rank)
     parts = 1 if kv.kind == "mla" else 2
-    common: dict[str, Any] = dict(pages=pages, layers=held.layers, heads=held.heads, tokens=tokens, row=row, parts=parts)
+    common = {"pages": pages, "layers": held.layers, "heads": held.heads, "tokens": tokens, "row": row, "parts": parts}
     return KvLayout.layer_major(**common) if how.pop("layer_major", False) else KvLayout.page_major(**common, **how)
 
 
@@ -33,7 +34,7 @@ class Side:
     def __init__(
         self,
         kind: type[PrefillEnd] | type[DecodeEnd],
-        grid: Grid = Grid(),
+        grid: Grid = ONE,
         *,
         kv: Kv = KV,
         engine: Callable[[], TransferEngine] = SharedMemory,

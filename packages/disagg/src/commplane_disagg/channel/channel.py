@@ -27,10 +27,11 @@ class Up:
 
 @dataclass(frozen=True)
 class Down:
-    """The connection to a peer broke. That says nothing about its process."""
+    """The connection to a peer broke. That says nothing about its process, unless its last word was that it has `ended`."""
 
     peer: m.Identity
     why: str
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,12 +197,12 @@ class Channel:
         return events
 
     def close(self) -> None:
-        """Take leave of everybody, as far as that does not wait, and release all sockets. Idempotent."""
+        """Take leave of everybody for good, as far as that does not wait, and release all sockets. Idempotent."""
         if self._closed:
             return
         self._closed = True
         for link in self._links:
-            link.refuse("", self._clock())
+            link.refuse("", self._clock(), ended=True)
             link.sock.close()
         self._links.clear()
         self._up.clear()
@@ -287,7 +288,7 @@ class Channel:
                 target.link, target.why = None, link.why
         if link.peer is not None and self._up.get(link.peer.name) is link:
             del self._up[link.peer.name]
-            events.append(Down(link.peer, link.why))
+            events.append(Down(link.peer, link.why, link.ended))
         elif link.wanted is None:
             self.refused.append(link.why)
             del self.refused[:-100]

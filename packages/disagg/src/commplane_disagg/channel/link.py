@@ -45,6 +45,7 @@ class Link:
         heard: when the last byte came, by the channel's clock.
         said: when the last message was sent.
         why: it was closed, or "".
+        ended: the peer said that it is closed for good.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Link:
         self.card = b""
         self.born = self.heard = self.said = now
         self.why = ""
+        self.ended = False
         self.stage = Stage.HANDSHAKE if wanted is None else Stage.CONNECTING
         self._mine, self._my_card, self._token = m.encode_identity(mine), card, token
         self._reader = FrameReader(STRANGER_LIMIT)
@@ -119,6 +121,7 @@ class Link:
             for body in self._reader.feed(data):
                 message = m.decode(body)
                 if isinstance(message, m.Bye):
+                    self.ended = message.ended and self.stage is Stage.UP
                     self.close(f"peer left: {message.why}" if message.why else "peer left")
                 elif self.stage is not Stage.UP:
                     self._handshake(message, now)
@@ -132,9 +135,9 @@ class Link:
             self.refuse(str(error), now)
         return out
 
-    def refuse(self, why: str, now: float) -> None:
+    def refuse(self, why: str, now: float, *, ended: bool = False) -> None:
         """Close, and tell the peer why as far as it still listens."""
-        self.send(m.Bye(why[:500]), now)
+        self.send(m.Bye(why[:500], ended), now)
         self.write()
         self.close(why)
 

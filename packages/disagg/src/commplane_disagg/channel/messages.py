@@ -21,9 +21,11 @@ __all__ = [
     "Card",
     "Challenge",
     "Drained",
+    "Ended",
     "Failed",
     "Hello",
     "Identity",
+    "Inquire",
     "Message",
     "Want",
     "Welcome",
@@ -96,9 +98,24 @@ class Beat(Struct, frozen=True, tag="beat"):
 
 
 class Bye(Struct, frozen=True, tag="bye"):
-    """An orderly close, or why a connection is refused."""
+    """An orderly close, or why a connection is refused. `ended`: this end is closed, its engine writes nothing any more."""
 
     why: _Text = ""
+    ended: bool = False
+
+
+class Inquire(Struct, frozen=True, tag="inquire"):
+    """To an end on the same machine as a third process, which cannot be looked up from here: has that one ended?"""
+
+    pid: _Count
+    started: _Count
+
+
+class Ended(Struct, frozen=True, tag="ended"):
+    """The answer to an `Inquire`, if it has. There is no other answer."""
+
+    pid: _Count
+    started: _Count
 
 
 class Want(Struct, frozen=True, tag="want"):
@@ -167,7 +184,9 @@ class Drained(Struct, frozen=True, tag="drained"):
     clean: bool
 
 
-Message: TypeAlias = Challenge | Hello | Welcome | Card | Beat | Bye | Want | Written | Ack | Failed | Abort | Drained
+Message: TypeAlias = (
+    Challenge | Hello | Welcome | Card | Beat | Bye | Want | Written | Ack | Failed | Abort | Drained | Inquire | Ended
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

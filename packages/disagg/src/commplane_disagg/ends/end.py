@@ -13,8 +13,8 @@ import msgspec
 from commplane.api import Agreed, SyncRound
 from commplane.api.transfer import Moved, TransferContext, TransferEngine
 from commplane.errors import CommplaneError, UnsupportedOperation
-from commplane_disagg.channel import Channel, Down, Event, Identity, Said, Up, bind
-from commplane_disagg.channel.messages import Message
+from commplane_disagg.channel import Channel, Down, Event, Identity, Said, Up, bind, has_ended
+from commplane_disagg.channel.messages import Ended, Inquire, Message
 from commplane_disagg.ends.card import Card, decode_card, encode_card
 from commplane_disagg.ends.layout import KvLayout
 from commplane_disagg.ends.peers import Peer, Peers
@@ -56,6 +56,7 @@ class End(ABC):
         silence: seconds without a byte after which a peer's connection is given up. A scheduler that does not call `step` for so
             long is lost to its peers.
         clock: seconds, monotonic.
+        has_ended: whether a process of this machine is proved to be gone.
     """
 
     side = ""
@@ -85,10 +86,11 @@ class End(ABC):
         silence: float = 15.0,
         connect_timeout: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        has_ended: Callable[[Identity], bool] = has_ended,
     ) -> None:
         self.name, self.host, self.engine = name, host, engine
         self.quiet, self.fenced = "quiet" in capabilities, "fenced" in capabilities
-        self._rounds, self._token, self._clock = rounds, token, clock
+        self._rounds, self._token, self._clock, self._has_ended = rounds, token, clock, has_ended
         self._instance, self._port, self._listener, self._options = instance, port, listener, engine_options or {}
         self._timeout, self._drain_timeout, self._lost_after = timeout, drain_timeout, lost_after
         self._beat, self._silence, self._connect_timeout = beat, silence, connect_timeout
@@ -97,7 +99,7 @@ class End(ABC):
         group_rank, group_size = (rounds.rank, rounds.world_size) if rounds is not None else (rank, grid.size)
         self.table = RoomTable(group_rank, group_size, f"{self.side} rank {rank}/{grid.size}")
         self.ledger = PageLedger(layout.pages, shared=self.side == "prefill")
-        self.peers = Peers()
+        self.peers = Peers(has_ended)
         self.late = 0
         self._channel: Channel | None = None
         self._deadlines: dict[Key, float] = {}
@@ -135,17 +137,7 @@ class End(ABC):
                 )
             self.engine.register(pool)
             self.card = msgspec.structs.replace(self.card, metadata=self.engine.metadata())
-            self._channel = Channel(
-                self.name,
-                instance=self._instance,
-                token=self._token,
-                listener=listener,
-                card=encode_card(self.card),
-                beat=self._beat,
-                silence=self._silence,
-                handshake=self._connect_timeout,
-                clock=self._clock,
-            )
+            self._channel = self._make_channel(listener)
         except BaseException:
             if listener is not None:
                 listener.close()
@@ -205,10 +197,12 @@ class End(ABC):
         now = self._clock()
         for peer in self.peers.look(now):
             self._died(peer)
+        for witness, peer in self.peers.witnesses(now):
+            self._send(witness, Inquire(peer.identity.pid, peer.identity.started))
         for peer in self.peers.away():
             lost = peer.away_since is not None and now - peer.away_since >= self._lost_after
             if lost or peer.dead:
-                self._lost(peer, peer.why + (", and its process has ended" if peer.dead else ""))
+                self._lost(peer, peer.why + (", and it has ended" if peer.dead else ""))
         for room in list(self.table.rooms.values()):
             self._tend(room, now)
         self.peers.keep(self._needed)
@@ -337,6 +331,19 @@ class End(ABC):
 
     # What they share.
 
+    def _make_channel(self, listener: socket.socket | None) -> Channel:
+        return Channel(
+            self.name,
+            instance=self._instance,
+            token=self._token,
+            listener=listener,
+            card=encode_card(self.card),
+            beat=self._beat,
+            silence=self._silence,
+            handshake=self._connect_timeout,
+            clock=self._clock,
+        )
+
     def _open_room(self, room: int, generation: int, timeout: float | None) -> Room:
         found = self.table.open(Key(room, generation))
         self._deadlines[found.key] = self._clock() + (self._timeout if timeout is None else timeout)
@@ -371,11 +378,27 @@ class End(ABC):
                 self.peers.down(current.identity, "another instance took its place", self._clock())
             self._up(self.peers.up(event.peer, card))
         elif isinstance(event, Down):
-            self.peers.down(event.peer, event.why, self._clock())
+            away = self.peers.down(event.peer, event.why, self._clock())
+            if event.ended and away is not None and not away.dead:
+                away.dead = True
+                self._died(away)
         elif isinstance(event, Said):
             peer = self.peers.find(event.peer)
-            if peer is not None:
+            if peer is None:
+                return
+            if isinstance(event.message, Inquire):
+                self._testify(peer, event.message)
+            elif isinstance(event.message, Ended):
+                for dead in self.peers.testified(peer, event.message.pid, event.message.started):
+                    self._died(dead)
+            else:
                 self._said(peer, event.message)
+
+    def _testify(self, peer: Peer, question: Inquire) -> None:
+        """Answer a peer on another machine that cannot see whether a process of this machine has ended."""
+        identity = msgspec.structs.replace(self.identity, pid=question.pid, started=question.started)
+        if self._has_ended(identity):
+            self._send(peer, Ended(question.pid, question.started))
 
     def _send(self, peer: Peer, message: Message) -> bool:
         """Tell a process something, if it is the one that is up under its name."""

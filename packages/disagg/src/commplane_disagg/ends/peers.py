@@ -13,6 +13,9 @@ __all__ = ["Peer", "Peers"]
 _LOOK = 0.1
 """Seconds between two looks at whether a process that is away has ended."""
 
+_ASK = 1.0
+"""Seconds between two questions to others about it."""
+
 
 @dataclass
 class Peer:
@@ -23,7 +26,7 @@ class Peer:
         card: what it said of itself.
         away_since: when its connection broke, or None while it is up.
         why: the connection broke.
-        dead: proved: no instruction of it runs any more.
+        dead: proved: it writes no more, because its process has ended, or its end has and it said so.
     """
 
     identity: Identity
@@ -32,12 +35,18 @@ class Peer:
     why: str = ""
     dead: bool = False
     looked: float = field(default=0.0, repr=False)
+    asked: float = field(default=0.0, repr=False)
 
 
 class Peers:
-    """All processes that were ever up, by name and instance, until nobody asks for them any more."""
+    """All processes that were ever up, by name and instance, until nobody asks for them any more.
 
-    def __init__(self) -> None:
+    Args:
+        has_ended: whether a process is proved to be gone, as far as can be seen from here.
+    """
+
+    def __init__(self, has_ended: Callable[[Identity], bool] = has_ended) -> None:
+        self._has_ended = has_ended
         self._known: dict[tuple[str, str], Peer] = {}
         self._now: dict[str, Peer] = {}
 
@@ -80,10 +89,30 @@ class Peers:
         for peer in self._known.values():
             if peer.away_since is not None and not peer.dead and now - peer.looked >= _LOOK:
                 peer.looked = now
-                if has_ended(peer.identity):
+                if self._has_ended(peer.identity):
                     peer.dead = True
                     found.append(peer)
         return found
+
+    def witnesses(self, now: float) -> list[tuple[Peer, Peer]]:
+        """Who is to be asked about whom: (one that is up on the same machine, one that is away and not proved to be dead)."""
+        out = []
+        for peer in self._known.values():
+            if peer.away_since is None or peer.dead or not peer.identity.machine or now - peer.asked < _ASK:
+                continue
+            peer.asked = now
+            witness = next((p for p in self._now.values() if p.identity.machine == peer.identity.machine), None)
+            if witness is not None:
+                out.append((witness, peer))
+        return out
+
+    def testified(self, witness: Peer, pid: int, started: int) -> list[Peer]:
+        """A peer says that a process of its own machine has ended: which of those that are away that was."""
+        dead = [p for p in self._known.values() if (p.identity.pid, p.identity.started) == (pid, started)]
+        dead = [p for p in dead if p.identity.machine == witness.identity.machine and p.away_since is not None and not p.dead]
+        for peer in dead:
+            peer.dead = True
+        return dead
 
     def keep(self, needed: Callable[[Peer], bool]) -> None:
         """Forget those that are away and that no room waits for."""
