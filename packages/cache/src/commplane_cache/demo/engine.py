@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from commplane.demo import PagedKV, Transformer
-from commplane.errors import CommplaneError
 from commplane_cache.demo.stream import Conversations, Turn
 
 __all__ = ["Engine", "NoCache", "Pages", "Running"]
@@ -27,7 +26,7 @@ class Running:
         name: equal on all ranks, unique in a pass.
         prompt: its tokens.
         room: tokens that it will have in the pages: the prompt, and the answer but for its last token.
-        pages: of the device pool of this rank, in order, room for all of its tokens; empty until it may be computed.
+        pages: of the device pool of this rank, in order, with room for all of its tokens once it may be computed.
         start: prompt tokens whose keys and values are in the pages already.
         device, host, storage: prompt tokens that came from there.
     """
@@ -73,8 +72,14 @@ class Pages(Protocol):
     def ready(self, request: Running) -> bool:
         """Whether it may be computed; then its `pages`, `start` and where they came from are set. Equal on all ranks."""
 
+    def computed(self, request: Running) -> None:
+        """Its prompt is computed; its `pages` may change for others with the same bytes."""
+
     def done(self, request: Running) -> None:
         """It is answered: its pages may be used for others."""
+
+    def finish(self) -> None:
+        """All requests are answered; steps go on until nothing is `busy`."""
 
     def busy(self) -> bool:
         """Whether something is still on its way, so that there must be more steps. Equal on all ranks."""
@@ -105,9 +110,15 @@ class NoCache:
         request.pages, self._free = self._free[:count], self._free[count:]
         return True
 
+    def computed(self, request: Running) -> None:
+        """Nobody else uses its pages."""
+
     def done(self, request: Running) -> None:
         """Back to the free list."""
         self._free += request.pages
+
+    def finish(self) -> None:
+        """There is nothing to keep."""
 
     def busy(self) -> bool:
         """Never."""
@@ -123,11 +134,15 @@ class Engine:
         pages: who gives them out.
         batch: requests that are served at the same time.
         answer: tokens that are decoded for each.
+
+    Attributes:
+        steps: of the scheduler so far.
+        seconds: from the first step to the last answer.
     """
 
     def __init__(self, model: Transformer, pool: PagedKV, pages: Pages, *, batch: int, answer: int) -> None:
         self._model, self._pool, self._pages, self._batch, self._answer = model, pool, pages, batch, answer
-        self.steps = 0
+        self.steps, self.seconds = 0, 0.0
 
     def serve(
         self, turns: Sequence[Turn], talk: Conversations, progress: Callable[[int, int], None] = lambda _done, _of: None
@@ -135,18 +150,12 @@ class Engine:
         """Serve all turns, in order of arrival: a row for each, in that order."""
         waiting, running = deque(turns), list[Running]()
         rows: dict[Turn, dict[str, Any]] = {}
-        idle = 0
-        while waiting or running or self._pages.busy():
+        idle, start = 0, time.perf_counter()
+        while len(rows) < len(turns) or self._pages.busy():
             self.steps += 1
             self._pages.step()
             while waiting and len(running) < self._batch and talk.ready(waiting[0]):
-                turn = waiting.popleft()
-                prompt = talk.prompt(turn)
-                request = Running(
-                    turn, f"{turn.conversation}.{turn.number}", prompt, len(prompt) + self._answer - 1, time.perf_counter()
-                )
-                self._pages.admit(request)
-                running.append(request)
+                running.append(self._admitted(waiting.popleft(), talk))
             moved = [self._advance(request) for request in running]
             for request in [r for r in running if len(r.answer) == self._answer]:
                 rows[request.turn] = request.row(time.perf_counter())
@@ -154,11 +163,20 @@ class Engine:
                 self._pages.done(request)
                 running.remove(request)
                 progress(len(rows), len(turns))
+                if len(rows) == len(turns):
+                    self.seconds = time.perf_counter() - start
+                    self._pages.finish()
             idle = 0 if any(moved) else idle + 1
             if idle:
                 # All wait for storage, or nothing is left but writes: give it the core. Longer and longer, at most 2 ms.
                 time.sleep(min(0.002, 0.0001 * idle))
         return [rows[turn] for turn in turns]
+
+    def _admitted(self, turn: Turn, talk: Conversations) -> Running:
+        prompt, now = talk.prompt(turn), time.perf_counter()
+        request = Running(turn, f"{turn.conversation}.{turn.number}", prompt, len(prompt) + self._answer - 1, now)
+        self._pages.admit(request)
+        return request
 
     def _advance(self, request: Running) -> bool:
         """One unit of work for a request: its prefill, or one token. False if it has to wait."""
@@ -166,10 +184,9 @@ class Engine:
             position = len(request.prompt) + len(request.answer) - 1
             request.answer.append(self._model.decode(request.answer[-1], position, self._pool, request.pages))
             return True
-        if not request.pages and not self._pages.ready(request):
+        if not self._pages.ready(request):
             return False
-        if not request.pages:
-            raise CommplaneError(f"demo: request {request.name} was ready and had no pages")
         request.answer.append(self._model.prefill(request.prompt, self._pool, request.pages, request.start))
         request.first = time.perf_counter()
+        self._pages.computed(request)
         return True

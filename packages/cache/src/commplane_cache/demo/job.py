@@ -19,24 +19,26 @@ class CacheJob:
     """How the cache of the demo is set up; equal on all ranks.
 
     Attributes:
-        policy: when a prefetch from storage ends: ``"best_effort"``, ``"wait_complete"`` or ``"timeout"``.
-        write: ``"write_through"``, ``"write_through_selective"`` or ``"write_back"``.
+        policy: when a prefetch from storage ends, of `commplane_cache.prefetch.POLICIES`.
+        write: when pages go to host and storage, of `commplane_cache.options.WRITES`.
         store: name of the page store, or ``""`` for no storage.
         options: of the store. ``{rank}`` in a text stands for the rank.
-        device: pages of the device pool.
-        host: pages of the host pool.
+        device: tokens that the device pools hold.
+        host: tokens that the host pools hold.
         pipelined: a step's round is issued in one step and read in the next.
-        timeout: seconds of the deadline of a round.
+        timeout: seconds of the deadline of a round, and of a batch of the store.
+        patience: seconds that the policy ``"timeout"`` waits for storage, at least.
     """
 
     policy: str = "wait_complete"
     write: str = "write_through"
     store: str = "slab"
     options: Mapping[str, Any] = field(default_factory=dict)
-    device: int = 48
-    host: int = 96
+    device: int = 2560
+    host: int = 8192
     pipelined: bool = False
     timeout: float = 10.0
+    patience: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Job:
         fault: what is wrong with this rank's storage, of `commplane_cache.demo.faults.KINDS`, or ``""``.
         journal: file for what this rank's storage acknowledged, or ``""``.
         skip: the sync round that this rank leaves out on purpose, or 0.
+        revision: of the weights as storage knows it; another one for each demo, whose pages no other one finds.
         rank: global rank.
         world_size: number of ranks.
         port: of the store on this machine where the ranks meet.
@@ -71,6 +74,7 @@ class Job:
     fault: str = ""
     journal: str = ""
     skip: int = 0
+    revision: str = "seeded"
     rank: int = 0
     world_size: int = 1
     port: int = 0
@@ -81,6 +85,11 @@ class Job:
     def __post_init__(self) -> None:
         if min(self.tp, self.cp, self.batch) < 1:
             raise ConfigError(f"demo: tp, cp and batch must be 1 or more, found {self.tp}, {self.cp} and {self.batch}")
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens in a page of the cache: one page of each context-parallel rank."""
+        return self.model.get("page_tokens", 16) * self.cp
 
     def placed(self, **changes: Any) -> Job:
         """The same job with other fields, such as for another rank."""

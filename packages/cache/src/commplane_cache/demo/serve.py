@@ -1,20 +1,21 @@
-"""What a rank of the demo does: it meets the others, builds its part of the model, and serves the stream once for each pass."""
+"""What a rank of the demo does: it meets the others and serves the stream once for each pass."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 
 import commplane
-from commplane.demo import ModelConfig, PagedKV, Shard, Transformer
+from commplane.demo import PagedKV
+from commplane.errors import ConfigError
+from commplane_cache.demo.cached import CachedPages
 from commplane_cache.demo.engine import Engine, NoCache, Pages
 from commplane_cache.demo.job import Job
-from commplane_cache.demo.stream import Conversations, arrivals
+from commplane_cache.demo.setup import Parts, build, opened_cache
+from commplane_cache.demo.stream import Conversations, arrivals, longest
 
 __all__ = ["serve"]
 
@@ -30,44 +31,34 @@ def serve(job: Job) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", job.port, is_master=False, timeout=timedelta(seconds=30))
     with commplane.init(store=store, rank=job.rank, world_size=job.world_size) as plane:
-        config = ModelConfig(**job.model)
-        tp_rank, cp_rank = job.rank % job.tp, job.rank // job.tp
-        shard = Shard(tp_rank, job.tp, cp_rank, job.cp)
-        tp_ranks = [cp_rank * job.tp + i for i in range(job.tp)]
-        cp_ranks = [i * job.tp + tp_rank for i in range(job.cp)]
-        model = Transformer(config, shard, tp_sum=_summing(plane, "tp", tp_ranks), cp_sum=_summing(plane, "cp", cp_ranks))
-        out: list[dict[str, Any]] = []
-        for name, cached in job.passes:
-            layout = config.layout(job.tp)
-            pool = PagedKV(layout, bytearray(job.cache.device * layout.page_bytes))
-            pages: Pages = NoCache(pool.capacity, config.page_tokens * job.cp)
-            engine = Engine(model, pool, pages, batch=job.batch, answer=job.shape.answer)
-            turns = arrivals(job.shape)
-            start = time.perf_counter()
-
-            def progress(done: int, of: int, name: str = name) -> None:
-                if job.progress and (done == of or sys.stderr.isatty()):
-                    end = "\n" if done == of else ""
-                    sys.stderr.write(f"\r  {name}: {done}/{of} requests{end}")
-                    sys.stderr.flush()
-
-            rows = engine.serve(turns, Conversations(job.shape, job.sentences), progress)
-            out.append(
-                {
-                    "name": name,
-                    "cached": cached,
-                    "requests": rows,
-                    "seconds": time.perf_counter() - start,
-                    "steps": engine.steps,
-                    "counters": {},
-                }
-            )
-        return out
+        parts = build(job, plane)
+        return [_one_pass(job, parts, name, cached) for name, cached in job.passes]
 
 
-def _summing(plane: commplane.Plane, name: str, ranks: Sequence[int]) -> Callable[[torch.Tensor], object] | None:
-    """Sums over a group of the model, in place; None where the group is this rank alone. Collective over `ranks`."""
-    if len(ranks) == 1:
-        return None
-    communicator = plane.communicator(f"attention_{name}", ranks, device="cpu")
-    return lambda tensor: communicator.all_reduce_(tensor)
+def _one_pass(job: Job, parts: Parts, name: str, cached: bool) -> dict[str, Any]:
+    layout = parts.config.layout(job.tp)
+    capacity = job.cache.device // parts.page_tokens
+    wanted = job.batch * -(-longest(job.shape, job.sentences) // parts.page_tokens)
+    if capacity < wanted:
+        raise ConfigError(
+            f"demo: {job.batch} requests at a time need up to {wanted} device pages, found room for {capacity}; raise the tokens "
+            "that the device holds"
+        )
+    pool = PagedKV(layout, torch.zeros(capacity * layout.page_bytes, dtype=torch.uint8))
+    if not cached:
+        return {"name": name, "cached": False, **_serve(job, parts, pool, NoCache(capacity, parts.page_tokens), name)}
+    with opened_cache(job, parts, pool) as cache:
+        pages = CachedPages(cache, flush=job.cache.write == "write_back", skip=job.skip)
+        rows = _serve(job, parts, pool, pages, name)
+        return {"name": name, "cached": True, **rows, "counters": cache.counters.to_json(), "digest": cache.digest}
+
+
+def _serve(job: Job, parts: Parts, pool: PagedKV, pages: Pages, name: str) -> dict[str, Any]:
+    def progress(done: int, of: int) -> None:
+        if job.progress and (done == of or sys.stderr.isatty()):
+            sys.stderr.write(f"\r  {name}: {done}/{of} requests" + ("\n" if done == of else ""))
+            sys.stderr.flush()
+
+    engine = Engine(parts.model, pool, pages, batch=job.batch, answer=job.shape.answer)
+    rows = engine.serve(arrivals(job.shape), Conversations(job.shape, job.sentences), progress)
+    return {"requests": rows, "seconds": engine.seconds, "steps": engine.steps, "counters": {}, "digest": 0}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from commplane.errors import ConfigError
 from commplane_cache.demo.text import SENTENCES, SYSTEMS
 
-__all__ = ["Conversations", "Script", "Shape", "Turn", "arrivals", "scripts"]
+__all__ = ["Conversations", "Script", "Shape", "Turn", "arrivals", "longest", "scripts"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,13 @@ def arrivals(shape: Shape) -> list[Turn]:
         if asked[now] == shape.turns:
             going.remove(now)
     return out
+
+
+def longest(shape: Shape, sentences: Sequence[str] = SENTENCES) -> int:
+    """Tokens of the longest sequence of a stream, prompt and answer."""
+    return max(
+        len(s.beginning) + sum(map(len, s.questions)) + shape.turns * (shape.answer + 1) for s in scripts(shape, sentences)
+    )
 
 
 class Conversations:
