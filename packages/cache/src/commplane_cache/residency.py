@@ -48,6 +48,7 @@ class Residency:
         self.writes, self.loads, self.puts = WorkQueue(), WorkQueue(), WorkQueue()
         self._journal, self._counters, self._copier, self._link = journal, counters, copier, link
         self._write_back = write_back
+        tree.on_split = self.consider
         self.device_victims = VictimQueue(policy, 1, _may_leave_device)
         self.host_victims = VictimQueue(policy, 2, _may_leave_host)
 

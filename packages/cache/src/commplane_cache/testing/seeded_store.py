@@ -67,6 +67,8 @@ class SeededStore(PageStore):
     def poll(self, timeout: float = 0.0) -> list[StoreDone]:
         """What is due. Never waits."""
         self._time += 1
+        if not self._open:
+            return []
         due = sorted(entry[:2] for entry in self._open if entry[0] <= self._time)
         if not due:
             return []

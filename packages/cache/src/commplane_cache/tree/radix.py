@@ -7,7 +7,7 @@ Deterministic: nodes are numbered in the order of creation, and nothing depends 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class RadixTree:
         root: has no pages, is never removed.
         size: nodes, without the root.
         clock: logical time: one more with every use of the tree.
+        on_split: told of the new upper part of a node.
     """
 
     def __init__(self, page_tokens: int, journal: Journal, *, names: bool) -> None:
@@ -36,6 +37,7 @@ class RadixTree:
         self._journal = journal
         self._names = names
         self._next = 1
+        self.on_split: Callable[[Node], None] | None = None
 
     def peek(self, run: TokenRun) -> int:
         """Pages of `run` that the tree knows, on any tier. Changes nothing."""
@@ -122,6 +124,8 @@ class RadixTree:
                 setattr(upper, name, work)
                 work.nodes.append(upper)
         self._journal.note("split", lower.seq, upper.seq, pages)
+        if self.on_split is not None:
+            self.on_split(upper)
         return upper
 
     def remove(self, node: Node) -> None:
