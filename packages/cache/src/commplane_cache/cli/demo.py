@@ -7,14 +7,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from commplane.errors import CommplaneError, ConfigError
 from commplane_cache.demo.chart import can_draw, draw
 from commplane_cache.demo.faults import KINDS, parse_fault
-from commplane_cache.demo.job import CacheJob, Job
+from commplane_cache.demo.job import CacheJob, Job, PassJob
 from commplane_cache.demo.launch import Ended, Ranks
 from commplane_cache.demo.report import Pass, differences, gather_passes, summary, table
 from commplane_cache.demo.stream import Shape
@@ -70,22 +70,22 @@ def run(arguments: argparse.Namespace) -> int:
     faults = {rank: kind for kind, rank in (parse_fault(text, tp * cp) for text in arguments.fault)}
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="cache-demo-", dir=out) as scratch:
+    with tempfile.TemporaryDirectory(prefix="cache-demo-", dir=out) as folder:
+        scratch = Path(folder)
         cache = CacheJob(
             policy=arguments.policy,
             write=arguments.write,
             store=arguments.store,
-            options=_store_options(arguments.store, arguments.store_option, Path(scratch)),
+            options=_store_options(arguments.store, arguments.store_option, scratch),
             pipelined=arguments.pipelined,
         )
-        job = Job(tp, cp, shape, (), read_sentences(arguments.text), cache, revision=f"demo {Path(scratch).name}")
-        jobs = [replace(job, fault=faults.get(rank, "")) for rank in range(tp * cp)]
+        job = Job(tp, cp, shape, (), read_sentences(arguments.text), revision=f"demo {scratch.name}")
         print(f"{shape.conversations} conversations of {shape.turns} turns, {tp * cp} processes: TP {tp} x CP {cp}")
         print(f"policy {cache.policy}, {cache.write}, store {cache.store}", *(f", {f}" for f in arguments.fault), sep="")
         print("\n== the processes start; the stream without the cache, then with it", flush=True)
-        first = _start(jobs, (("without", False), ("with the cache", True)), Path(scratch) / "first")
+        first = _start(job, (PassJob("without"), PassJob("with the cache", cache)), faults, scratch / "first")
         print("\n== they have ended and start again: memory is empty, storage is not", flush=True)
-        again = _start(jobs, (("after a restart", True),), Path(scratch) / "again")
+        again = _start(job, (PassJob("after a restart", cache),), faults, scratch / "again")
     runs = [[*a, *b] for a, b in zip(first, again, strict=True)]
     wrong = differences(runs)
     _show(runs[0], job, wrong)
@@ -106,13 +106,16 @@ def _store_options(store: str, given: Sequence[str], scratch: Path) -> dict[str,
     return options
 
 
-def _start(jobs: Sequence[Job], passes: tuple[tuple[str, bool], ...], folder: Path) -> list[list[Pass]]:
+def _start(job: Job, passes: Sequence[PassJob], faults: Mapping[int, str], folder: Path) -> list[list[Pass]]:
     """Start all ranks, wait for their end: by rank, the passes.
 
     Raises:
         CommplaneError: a rank failed; every rank's own words are on standard error.
     """
-    with Ranks([replace(job, passes=passes) for job in jobs], folder, progress=True) as ranks:
+    jobs = [
+        replace(job, passes=tuple(one.on_rank(fault=faults.get(rank, "")) for one in passes)) for rank in range(job.tp * job.cp)
+    ]
+    with Ranks(jobs, folder, progress=True) as ranks:
         ended = ranks.wait(_LIMIT)
     if any(e.returncode != 0 for e in ended):
         for e in ended:

@@ -11,12 +11,12 @@ from typing import Any
 from commplane.errors import ConfigError
 from commplane_cache.demo.stream import Shape
 
-__all__ = ["CacheJob", "Job"]
+__all__ = ["CacheJob", "Job", "PassJob"]
 
 
 @dataclass(frozen=True)
 class CacheJob:
-    """How the cache of the demo is set up; equal on all ranks.
+    """How a cache is set up; equal on all ranks, but for the last four.
 
     Attributes:
         policy: when a prefetch from storage ends, of `commplane_cache.prefetch.POLICIES`.
@@ -28,17 +28,35 @@ class CacheJob:
         pipelined: a step's round is issued in one step and read in the next.
         timeout: seconds of the deadline of a round, and of a batch of the store.
         patience: seconds that the policy ``"timeout"`` waits for storage, at least.
+        fault: what is wrong with this rank's storage, of `commplane_cache.demo.faults.KINDS`, or ``""``.
+        journal: file for what this rank's storage acknowledged, or ``""``.
+        skip: the step of the scheduler whose round this rank leaves out on purpose, or 0.
     """
 
     policy: str = "wait_complete"
     write: str = "write_through"
     store: str = "slab"
     options: Mapping[str, Any] = field(default_factory=dict)
-    device: int = 2560
+    device: int = 2048
     host: int = 8192
     pipelined: bool = False
     timeout: float = 10.0
     patience: float = 0.2
+    fault: str = ""
+    journal: str = ""
+    skip: int = 0
+
+
+@dataclass(frozen=True)
+class PassJob:
+    """The stream once, from beginning to end: with a cache of its own, or without one."""
+
+    name: str
+    cache: CacheJob | None = None
+
+    def on_rank(self, **changes: Any) -> PassJob:
+        """The same with other fields of the cache, such as a fault of one rank."""
+        return self if self.cache is None else replace(self, cache=replace(self.cache, **changes))
 
 
 @dataclass(frozen=True)
@@ -46,14 +64,12 @@ class Job:
     """What one rank does.
 
     Attributes:
-        tp: attention-TP ranks; neighbours in rank order.
+        tp: attention-TP ranks, neighbours in rank order.
         cp: attention-CP ranks; the world is tp x cp.
-        passes: name of each pass over the stream, and whether the cache is on.
+        passes: one after the other.
+        pool: tokens that the device pool holds in a pass without a cache.
         batch: requests that are served at the same time.
         model: fields of `commplane.demo.ModelConfig`.
-        fault: what is wrong with this rank's storage, of `commplane_cache.demo.faults.KINDS`, or ``""``.
-        journal: file for what this rank's storage acknowledged, or ``""``.
-        skip: the sync round that this rank leaves out on purpose, or 0.
         revision: of the weights as storage knows it; another one for each demo, whose pages no other one finds.
         rank: global rank.
         world_size: number of ranks.
@@ -66,14 +82,11 @@ class Job:
     tp: int
     cp: int
     shape: Shape
-    passes: tuple[tuple[str, bool], ...]
+    passes: tuple[PassJob, ...]
     sentences: tuple[str, ...]
-    cache: CacheJob = field(default_factory=CacheJob)
+    pool: int = 2048
     batch: int = 2
     model: Mapping[str, int] = field(default_factory=dict)
-    fault: str = ""
-    journal: str = ""
-    skip: int = 0
     revision: str = "seeded"
     rank: int = 0
     world_size: int = 1
@@ -91,10 +104,6 @@ class Job:
         """Tokens in a page of the cache: one page of each context-parallel rank."""
         return self.model.get("page_tokens", 16) * self.cp
 
-    def placed(self, **changes: Any) -> Job:
-        """The same job with other fields, such as for another rank."""
-        return replace(self, **changes)
-
     def write(self, path: Path) -> None:
         """Leave it in a file."""
         path.write_text(json.dumps(asdict(self)))
@@ -103,6 +112,6 @@ class Job:
     def read(cls, path: Path) -> Job:
         """What `write` left."""
         raw = json.loads(path.read_text())
-        raw["shape"], raw["cache"] = Shape(**raw["shape"]), CacheJob(**raw["cache"])
-        raw["passes"] = tuple((name, cached) for name, cached in raw["passes"])
-        return cls(**{**raw, "sentences": tuple(raw["sentences"])})
+        raw["shape"], raw["sentences"] = Shape(**raw["shape"]), tuple(raw["sentences"])
+        raw["passes"] = tuple(PassJob(p["name"], p["cache"] and CacheJob(**p["cache"])) for p in raw["passes"])
+        return cls(**raw)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,7 +75,8 @@ class Ranks:
                 out, config = folder / f"{rank}.json", folder / f"{rank}.job.json"
                 out.unlink(missing_ok=True)
                 loud = progress and rank == 0
-                job.placed(
+                replace(
+                    job,
                     rank=rank,
                     world_size=len(jobs),
                     port=self._store.port,

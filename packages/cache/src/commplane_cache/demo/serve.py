@@ -13,8 +13,9 @@ from commplane.demo import PagedKV
 from commplane.errors import ConfigError
 from commplane_cache.demo.cached import CachedPages
 from commplane_cache.demo.engine import Engine, NoCache, Pages
-from commplane_cache.demo.job import Job
-from commplane_cache.demo.setup import Parts, build, opened_cache
+from commplane_cache.demo.job import Job, PassJob
+from commplane_cache.demo.parts import Parts, build
+from commplane_cache.demo.storage import opened_cache
 from commplane_cache.demo.stream import Conversations, arrivals, longest
 
 __all__ = ["serve"]
@@ -32,33 +33,34 @@ def serve(job: Job) -> list[dict[str, Any]]:
     store = TCPStore("127.0.0.1", job.port, is_master=False, timeout=timedelta(seconds=30))
     with commplane.init(store=store, rank=job.rank, world_size=job.world_size) as plane:
         parts = build(job, plane)
-        return [_one_pass(job, parts, name, cached) for name, cached in job.passes]
+        return [_one_pass(job, one, parts) for one in job.passes]
 
 
-def _one_pass(job: Job, parts: Parts, name: str, cached: bool) -> dict[str, Any]:
-    layout = parts.config.layout(job.tp)
-    capacity = job.cache.device // parts.page_tokens
-    wanted = job.batch * -(-longest(job.shape, job.sentences) // parts.page_tokens)
+def _one_pass(job: Job, one: PassJob, parts: Parts) -> dict[str, Any]:
+    layout, setup = parts.config.layout(job.tp), one.cache
+    capacity = (job.pool if setup is None else setup.device) // job.page_tokens
+    wanted = job.batch * -(-longest(job.shape, job.sentences) // job.page_tokens)
     if capacity < wanted:
         raise ConfigError(
             f"demo: {job.batch} requests at a time need up to {wanted} device pages, found room for {capacity}; raise the tokens "
             "that the device holds"
         )
     pool = PagedKV(layout, torch.zeros(capacity * layout.page_bytes, dtype=torch.uint8))
-    if not cached:
-        return {"name": name, "cached": False, **_serve(job, parts, pool, NoCache(capacity, parts.page_tokens), name)}
-    with opened_cache(job, parts, pool) as cache:
-        pages = CachedPages(cache, flush=job.cache.write == "write_back", skip=job.skip)
-        rows = _serve(job, parts, pool, pages, name)
-        return {"name": name, "cached": True, **rows, "counters": cache.counters.to_json(), "digest": cache.digest}
+    if setup is None:
+        served = _serve(job, one, parts, pool, NoCache(capacity, job.page_tokens))
+        return {"name": one.name, "cached": False, **served, "counters": {}, "digest": 0}
+    with opened_cache(job, setup, parts, pool) as cache:
+        pages = CachedPages(cache, flush=setup.write == "write_back", skip=setup.skip)
+        served = _serve(job, one, parts, pool, pages)
+        return {"name": one.name, "cached": True, **served, "counters": cache.counters.to_json(), "digest": cache.digest}
 
 
-def _serve(job: Job, parts: Parts, pool: PagedKV, pages: Pages, name: str) -> dict[str, Any]:
+def _serve(job: Job, one: PassJob, parts: Parts, pool: PagedKV, pages: Pages) -> dict[str, Any]:
     def progress(done: int, of: int) -> None:
         if job.progress and (done == of or sys.stderr.isatty()):
-            sys.stderr.write(f"\r  {name}: {done}/{of} requests" + ("\n" if done == of else ""))
+            sys.stderr.write(f"\r  {one.name}: {done}/{of} requests" + ("\n" if done == of else ""))
             sys.stderr.flush()
 
     engine = Engine(parts.model, pool, pages, batch=job.batch, answer=job.shape.answer)
     rows = engine.serve(arrivals(job.shape), Conversations(job.shape, job.sentences), progress)
-    return {"requests": rows, "seconds": engine.seconds, "steps": engine.steps, "counters": {}, "digest": 0}
+    return {"requests": rows, "seconds": engine.seconds, "steps": engine.steps}
