@@ -35,6 +35,8 @@ class ThreadedStore(PageStore):
 
     part_bytes: ClassVar[int] = 8 << 20
     part_keys: ClassVar[int] = 4096
+    exists_at_once: ClassVar[int] = 0
+    """Up to so many keys `do_exists` answers from memory: such a batch has ended when `submit_exists` returns."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -172,19 +174,25 @@ class ThreadedStore(PageStore):
             size = max(1, self.part_bytes // self.page_bytes) if batch.pages else self.part_keys
             starts = range(0, len(batch.keys), size)
             batch.parts_left = len(starts)
+        if kind == "exists" and len(batch.keys) <= self.exists_at_once:
+            self._answer(Part(batch, range(len(batch.keys)), [], []))
+            return batch.ticket
         for start in starts:
             chosen = range(start, min(start + size, len(batch.keys)))
             self._queue.put(Part(batch, chosen, [], []))
         return batch.ticket
 
+    def _answer(self, part: Part) -> None:
+        if not part.is_over:
+            self._run(part)
+        with self._changed:
+            part.batch.parts_left -= 1
+            if not part.batch.parts_left and not part.batch.over:
+                self._end(part.batch, part.batch.error)
+
     def _work(self) -> None:
         while (part := self._queue.get()) is not None:
-            if not part.is_over:
-                self._run(part)
-            with self._changed:
-                part.batch.parts_left -= 1
-                if not part.batch.parts_left and not part.batch.over:
-                    self._end(part.batch, part.batch.error)
+            self._answer(part)
             del part  # the caller's buffers are not held while waiting
         with self._changed:
             self._running -= 1

@@ -87,13 +87,13 @@ class ValuedStore(ThreadedStore):
             if value is None:
                 return
             values.append(value)
-        self._answer(part, self.values_write(names, values))
+        self._tell(part, self.values_write(names, values))
 
     def do_remove(self, part: Part) -> None:
         """See `ThreadedStore`."""
-        self._answer(part, self.values_remove(self._names(part)))
+        self._tell(part, self.values_remove(self._names(part)))
 
-    def _answer(self, part: Part, outcomes: Iterable[str | None]) -> None:
+    def _tell(self, part: Part, outcomes: Iterable[str | None]) -> None:
         for index, error in enumerate(outcomes):
             if error is None:
                 part.done(index)

@@ -82,6 +82,8 @@ class SlotFile:
         while views:
             count = call(self._fd, views[:_MOST_BUFFERS], offset + moved)
             moved += count
+            if moved == len(pages) * self._page_bytes:
+                return len(pages)
             if not count or (self._direct and count % DIRECT_ALIGNMENT):
                 break  # the end of the file
             while views and count >= len(views[0]):  # a call may move less than it was given; the next one then says why

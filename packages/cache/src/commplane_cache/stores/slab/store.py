@@ -45,6 +45,7 @@ class SlabStore(ThreadedStore):
     """
 
     name = "slab"
+    exists_at_once = 1024
     defaults: ClassVar[Mapping[str, Any]] = {
         "path": "",
         "capacity_pages": 0,
