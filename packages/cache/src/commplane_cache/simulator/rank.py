@@ -112,14 +112,14 @@ class Rank:
         self.number = number
         self._rate, self._time = draw.uniform(0.5, 2.0), draw.uniform(0, 1000)
         device, host = device + draw.randint(0, faults.surplus), host + draw.randint(0, faults.surplus)
-        self._device, memory = np.zeros(device, np.int64), np.zeros(host, np.int64)
+        self._device, self._host = np.zeros(device, np.int64), np.zeros(host, np.int64)
         self.store = SeededStore(draw.randrange(1 << 30), delay=faults.delay, fail=faults.batch, lose=faults.page)
         self.cache = PrefixCache(
             rounds,
             device,
-            HostTier(memory, 8),
+            HostTier(self._host, 8),
             self.store,
-            copier=_LateCopier(self._device, memory, draw, faults),
+            copier=_LateCopier(self._device, self._host, draw, faults),
             options=options,
             clock=lambda: self._time,
         )
@@ -133,6 +133,18 @@ class Rank:
     def waits(self) -> bool:
         """Whether requests wait or run."""
         return bool(self._waiting or self._running or self._late_aborts)
+
+    def check(self) -> None:
+        """Prove that no page is lost or owned twice, and that every page of the tree has the bytes of its tokens."""
+        self.cache.check()
+        for node in self.cache.tree.nodes():
+            marks = np.frombuffer(b"".join(name[:8] for name in node.names or ()), "<i8")
+            for tier, memory, pages, ready in (
+                ("device", self._device, node.device, node.device_ready),
+                ("host", self._host, node.host, node.host_ready),
+            ):
+                if ready and (memory[pages] != marks).any():
+                    raise CommplaneError(f"simulator: rank {self.number} has other bytes than it should in {node} on the {tier}")
 
     def play(self, step: Step) -> None:
         """What the engine does between two rounds."""

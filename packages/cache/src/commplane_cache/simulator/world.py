@@ -124,8 +124,8 @@ def simulate(scenario: Scenario, rounds_of: RoundsOf, told: Callable[[int], None
             if rank.cache.digest != digest:
                 raise _differ(ranks[0], rank, number)
         if number % scenario.check_every == scenario.check_every - 1:
-            for cache in caches:
-                cache.check()
+            for rank in ranks:
+                rank.check()
         if told is not None:
             told(number + 1)
     _come_to_rest(scenario, ranks, agree)
@@ -144,7 +144,7 @@ def _come_to_rest(scenario: Scenario, ranks: list[Rank], agree: Callable[[bool],
         if not any(rank.cache.busy or rank.waits for rank in ranks):
             break
     for rank in ranks:
-        rank.cache.check()
+        rank.check()
         for tier, owned in rank.cache.owned().items():
             if owned["held"] or owned["moving"]:
                 raise CommplaneError(f"simulator: at the end rank {rank.number} has {owned} pages on the {tier}")
