@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,8 @@ def join(
 ) -> Member:
     """Join the group of `topology`. Collective over the ranks of the plane or torch group, which are all ranks of the grid.
 
-    A rank that fails to serve tells the others through the port sync, so that they raise at once.
+    A rank that fails to serve tells the others through the port sync, so that they raise at once. One that leaves again is
+    missing for those that still wait for the group: meet, or have work, before `Member.close`.
 
     Args:
         topology: equal on all ranks.
@@ -95,7 +97,8 @@ def join(
                 server = RegistryServer(bound, token=token, lease=lease).start()
             except CommplaneError:
                 if nnodes != 1:
-                    sync_bootstrap_port(None, plane=plane, group=torch_group, nnodes=nnodes, timeout=timeout)
+                    with contextlib.suppress(CommplaneError):  # it says on all ranks that rank 0 has no port; here is why
+                        sync_bootstrap_port(None, plane=plane, group=torch_group, nnodes=nnodes, timeout=timeout)
                 raise
         here = bound.port if bound is not None else None
         port = sync_bootstrap_port(here, plane=plane, group=torch_group, nnodes=nnodes, timeout=timeout)

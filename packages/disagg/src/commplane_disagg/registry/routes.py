@@ -60,7 +60,7 @@ class Routes:
     """
 
     def __init__(self, service: Service, verifier: Verifier | None, body_limit: int) -> None:
-        self._service, self._verifier = service, verifier
+        self._service, self._verifier, self._body_limit = service, verifier, body_limit
         self.application = web.Application(middlewares=[self._guard], client_max_size=body_limit)
         group = f"{ROUTES}/groups/{{group}}"
         self.application.add_routes(
@@ -85,6 +85,8 @@ class Routes:
         begun = time.perf_counter()
         response: web.StreamResponse
         try:
+            if (request.content_length or 0) > self._body_limit:
+                raise web.HTTPRequestEntityTooLarge(self._body_limit, request.content_length or 0)
             body = await _read(request)
             self._check(request, body)
             response = await handler(request)
@@ -96,8 +98,8 @@ class Routes:
             response = _say(request, refusal.status, refusal.problem)
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             response = _say(request, 400, Problem(code="malformed", message=f"the body cannot be read: {error}"))
-        except web.HTTPRequestEntityTooLarge as error:
-            text = f"a request has at most {self.application._client_max_size} bytes, found more: {error.text}"
+        except web.HTTPRequestEntityTooLarge:
+            text = f"a request has at most {self._body_limit} bytes, found more: register fewer or smaller things at once"
             response = _say(request, 413, Problem(code="too_large", message=text))
             response.force_close()  # the rest of the body is not read
         except web.HTTPException as error:

@@ -24,6 +24,8 @@ _log = logging.getLogger("commplane_disagg")
 
 _BODY_LIMIT = 1 << 20
 _CLOSE_SECONDS = 2.0
+_LINGER_SECONDS = 1.0
+"""How long the rest of a refused body is read, so that its sender sees the answer and not a reset."""
 
 
 class RegistryServer:
@@ -112,7 +114,11 @@ class RegistryServer:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         runner = web.AppRunner(
-            self._routes.application, access_log=None, handler_cancellation=True, shutdown_timeout=_CLOSE_SECONDS
+            self._routes.application,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=_CLOSE_SECONDS,
+            lingering_time=_LINGER_SECONDS,
         )
         await runner.setup()
         sweeper: asyncio.Task[None] | None = None
