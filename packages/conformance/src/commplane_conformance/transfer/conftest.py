@@ -19,9 +19,17 @@ def subject(request: pytest.FixtureRequest) -> EngineSubject:
     return found
 
 
-@pytest.fixture
-def ends(subject: EngineSubject) -> Iterator[Ends]:
-    """Makes ends for the test, and kills those that it leaves."""
+@pytest.fixture(scope="session")
+def all_ends(subject: EngineSubject) -> Iterator[Ends]:
+    """Processes that ends are made in."""
     out = Ends(subject)
     yield out
     out.close()
+
+
+@pytest.fixture
+def ends(all_ends: Ends, request: pytest.FixtureRequest) -> Iterator[Ends]:
+    """Makes ends for one test."""
+    failed = request.session.testsfailed
+    yield all_ends
+    all_ends.clear(keep=request.session.testsfailed == failed)

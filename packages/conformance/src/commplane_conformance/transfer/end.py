@@ -31,8 +31,8 @@ _PR_SET_PDEATHSIG = 1
 class End:
     """An engine with its pool. Methods are called by name from the test's process; arguments and results are pickled."""
 
-    def __init__(self, name: str, factory: str) -> None:
-        self.name = name
+    def __init__(self, factory: str) -> None:
+        self.name = ""
         self._factory = factory
         self._made: TransferEngine | None = None
         self.pool = memoryview(b"")
@@ -43,8 +43,9 @@ class End:
         assert self._made is not None, f"{self.name} was not opened"
         return self._made
 
-    def open(self, options: Mapping[str, Any], timeout: float) -> None:
+    def open(self, name: str, options: Mapping[str, Any], timeout: float) -> None:
         """A new engine, open."""
+        self.name = name
         self._made = load(self._factory)()
         self.engine.open(TransferContext(self.name, timeout=timeout, options=options))
 
@@ -84,8 +85,18 @@ class End:
         return self.engine.submit(peer, local, remote, nbytes)
 
     def submit_many(self, peer: str, count: int, nbytes: int) -> list[int]:
-        """`count` transfers of the first `nbytes` of the pool: their tickets, those that were not refused."""
+        """`count` transfers of the first `nbytes` of the pool: their tickets."""
         return [self.engine.submit(peer, [0], [0], nbytes) for _ in range(count)]
+
+    def submit_while_it_lives(self, peer: str, count: int, nbytes: int) -> list[int]:
+        """Up to `count` such transfers, one after the other until the peer is refused: their tickets."""
+        tickets: list[int] = []
+        try:
+            while len(tickets) < count:
+                tickets.append(self.engine.submit(peer, [0], [0], nbytes))
+        except CommplaneError:
+            return tickets
+        return tickets
 
     def cancel(self, ticket: int) -> None:
         """Of the engine."""
@@ -160,7 +171,9 @@ class End:
         return {"descriptors": sorted(links), "threads": sorted(t.name for t in threading.enumerate())}
 
     def forget(self) -> None:
-        """Drop the engine and the pool, after `close`."""
+        """Close the engine, and drop it and the pool."""
+        if self._made is not None:
+            self._made.close()
         self._made, self.pool = None, memoryview(b"")
         gc.collect()
 
@@ -187,7 +200,7 @@ class End:
         return sorted(found)
 
 
-def main(pipe: Connection, name: str, factory: str, log: str) -> None:
+def main(pipe: Connection, factory: str, log: str) -> None:
     """Do what comes through the pipe, one call at a time, until it is closed."""
     # A stopped end must not outlive a test run that was killed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -196,7 +209,7 @@ def main(pipe: Connection, name: str, factory: str, log: str) -> None:
     os.dup2(output, 2)
     os.close(output)
     faulthandler.enable(open(2, "w", closefd=False))  # noqa: SIM115 - stays open
-    end = End(name, factory)
+    end = End(factory)
     while True:
         try:
             method, arguments = pipe.recv()

@@ -30,19 +30,21 @@ class Remote:
     """One end, in a process of its own. What it raises is raised here.
 
     Attributes:
-        name: of its context.
+        name: of its context, when it has an engine.
+        is_fit: whether another test may go on with the process.
         made: its metadata, once it has a pool.
     """
 
-    def __init__(self, subject: EngineSubject, log: Path, name: str) -> None:
+    def __init__(self, subject: EngineSubject, log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([main.__module__])
-        self.name = name
+        self.name = ""
+        self.is_fit = True
         self.made = b""
         self._subject = subject
         self._log = log
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=main, args=(theirs, name, subject.spec.factory, str(log)), daemon=True)
+        self._process = context.Process(target=main, args=(theirs, subject.spec.factory, str(log)), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -59,6 +61,7 @@ class Remote:
     def answer(self, seconds: float = CALL_SECONDS) -> Any:
         """The result of the call that was posted."""
         if not self._pipe.poll(seconds):
+            self.is_fit = False
             raise AssertionError(f"{self.name} did not come back within {seconds:g} s{self.wrote()}")
         try:
             ok, value = self._pipe.recv()
@@ -83,7 +86,7 @@ class Remote:
 
     def open(self, timeout: float, options: Mapping[str, Any] | None = None) -> None:
         """A new engine over there."""
-        self.do("open", {**self._subject.options, **(options or {})}, timeout)
+        self.do("open", self.name, {**self._subject.options, **(options or {})}, timeout)
 
     def take_pool(self, nbytes: int, own: bool = False) -> None:
         """Memory for it."""
@@ -96,11 +99,13 @@ class Remote:
 
     def kill(self) -> None:
         """As an operator does, with -9; waits until it is gone."""
+        self.is_fit = False
         os.kill(self.pid, signal.SIGKILL)
         self._process.join(CALL_SECONDS)
 
     def stop(self) -> None:
         """Until `go`."""
+        self.is_fit = False
         os.kill(self.pid, signal.SIGSTOP)
         deadline = time.monotonic() + CALL_SECONDS
         while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
@@ -127,18 +132,20 @@ class Remote:
 
 
 class Ends:
-    """Makes ends, and ends those that are left."""
+    """Makes ends. Processes are kept from one test to the next, since loading an engine's library may take seconds."""
 
     def __init__(self, subject: EngineSubject) -> None:
         self.subject = subject
         self._folder = tempfile.TemporaryDirectory(prefix="commplane-conformance-")
-        self._made: list[Remote] = []
+        self._idle: list[Remote] = []
+        self._used: list[Remote] = []
 
     def process(self, name: str | None = None) -> Remote:
         """A process without an engine."""
         number = next(_numbers)
-        remote = Remote(self.subject, Path(self._folder.name) / f"end-{number}.log", name or f"end-{number}")
-        self._made.append(remote)
+        remote = self._idle.pop() if self._idle else Remote(self.subject, Path(self._folder.name) / f"end-{number}.log")
+        remote.name = name or f"end-{number}"
+        self._used.append(remote)
         return remote
 
     def get(self, nbytes: int = 1 << 20, *, timeout: float = 30.0, own: bool = False, name: str | None = None) -> Remote:
@@ -155,9 +162,21 @@ class Ends:
         writer.connect(reader)
         return writer, reader
 
+    def clear(self, keep: bool) -> None:
+        """After a test: close all engines. A process goes on only if `keep`, and if nothing was done to it."""
+        used, self._used = self._used, []
+        for remote in used:
+            if keep and remote.is_fit:
+                remote.post("forget")
+        for remote in used:
+            if keep and remote.is_fit:
+                remote.answer()
+                self._idle.append(remote)
+            else:
+                remote.end()
+
     def close(self) -> None:
-        """End all that were made."""
-        for remote in self._made:
+        """End every process."""
+        for remote in [*self._idle, *self._used]:
             remote.end()
-        self._made.clear()
         self._folder.cleanup()

@@ -138,7 +138,6 @@ def test_no_name_outlives_an_end(ends: Ends, how: str) -> None:
         else:
             end.do("close")
             end.do("forget")
-            end.end()
     sockets = {line.split(maxsplit=7)[-1] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
     left = sorted(n for n in names if (n in sockets) or (n.startswith("/") and os.path.lexists(n)))
     assert not left, f"left behind after {how}: {left}"
