@@ -212,3 +212,12 @@ def test_a_body_that_does_not_come_is_not_waited_for(open_server: RegistryServer
         answer = sock.recv(4096)
     assert answer.startswith(b"HTTP/1.1 400"), answer
     assert b"the body did not arrive within 0.3 s" in answer
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /health HTTP/1.1\r\nHost"])
+def test_a_connection_that_says_nothing_or_half_a_head_is_closed(said: bytes) -> None:
+    with RegistryServer(bind_listener("127.0.0.1"), token=None, lease=0.3, idle=0.3) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+            sock.sendall(said)
+            assert sock.recv(4096) == b""
+        assert serves(server)

@@ -159,19 +159,18 @@ class RegistryClient:
             PeerError: ranks are missing at the deadline; they are named.
         """
         seconds = self.timeout if timeout is None else timeout
-        deadline = Deadline(seconds)
+        deadline, margin = Deadline(seconds), min(0.5, seconds / 4)  # what is left for the last answer to come back
         who = f"group {self.group!r} cannot be waited for"
-        while True:
-            wait = min(_POLL, deadline.remaining())
-            # One try more than the deadline: what the registry says at its end names who is missing.
-            left = max(deadline.remaining(), 0.0) + self.http.attempt
-            found = self._ask(Readiness, "GET", f"/ready?wait={wait:.3f}", who=who, timeout=left, wait=wait)
+        found: Readiness | None = None
+        while found is None or deadline.remaining() > margin:
+            left = deadline.remaining()
+            wait = max(0.0, min(_POLL, left - margin))
+            found = self._ask(Readiness, "GET", f"/ready?wait={wait:.3f}", who=who, timeout=max(left, 0.05), wait=wait)
             if found.ready:
-                view = self.table(timeout=left)
+                view = self.table(timeout=max(deadline.remaining(), margin, 0.05))
                 if view.ready:
                     return view
-            elif deadline.expired:
-                raise PeerError(_missing(self.group, self.address, seconds, found))
+        raise PeerError(_missing(self.group, self.address, seconds, found))
 
     def changes(self, since: int, *, wait: float = 0.0, timeout: float | None = None, retry: bool = True) -> Changes:
         """What happened after change `since`; waits up to `wait` seconds for the first. See `Changes` for gaps."""

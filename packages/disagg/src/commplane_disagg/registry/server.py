@@ -38,13 +38,23 @@ class RegistryServer:
         token: the shared one (`read_token`); None takes requests from anybody who can reach the port.
         lease: seconds that a row lives without renewal.
         body_limit: bytes of one request.
+        idle: seconds after which a connection that says nothing is closed; never less than a lease, so that ranks keep theirs.
     """
 
-    def __init__(self, bound: BoundSocket, *, token: bytes | None, lease: float = 10.0, body_limit: int = _BODY_LIMIT) -> None:
+    def __init__(
+        self,
+        bound: BoundSocket,
+        *,
+        token: bytes | None,
+        lease: float = 10.0,
+        body_limit: int = _BODY_LIMIT,
+        idle: float = 60.0,
+    ) -> None:
         if not lease > 0:
             raise ConfigError(f"a lease wants seconds above 0, found {lease}")
         self.bound = bound
         self.service = Service(lease)
+        self._idle = max(idle, lease)
         self._routes = Routes(self.service, Verifier(token) if token is not None else None, body_limit)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -119,6 +129,7 @@ class RegistryServer:
             handler_cancellation=True,
             shutdown_timeout=_CLOSE_SECONDS,
             lingering_time=_LINGER_SECONDS,
+            keepalive_timeout=self._idle,
         )
         await runner.setup()
         sweeper: asyncio.Task[None] | None = None
