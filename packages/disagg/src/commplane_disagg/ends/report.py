@@ -45,7 +45,8 @@ class Report:
 
     Attributes:
         results: rooms that ended.
-        released: pages that are the engine's again. Until then they are the end's, also after a failure.
+        released: pages that are the engine's again. Until then they are the end's, also after a failure. Never
+            before the room's result; after it, the room takes no calls.
         quarantined: pages of failed rooms that stay away until it is proved that no write can land; they may be released later.
     """
 

@@ -137,6 +137,8 @@ class RoomTable:
 
     def _word(self, room: Room) -> int:
         if room.status >= Status.SUCCESS or room.status is Status.FAILED:
+            if room.error is None:  # so that an engine hears of a failure before it has the pages back
+                return Status.DRAINING
             return Status.RELEASED if room.drained else Status.QUARANTINED if room.stuck else Status.DRAINING
         if room.cause is not None:
             return self.rank - room.cause.reason * _RANKS
