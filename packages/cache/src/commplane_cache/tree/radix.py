@@ -61,7 +61,8 @@ class RadixTree:
         """
         step = run.page_bytes
         data = run.data if limit is None else run.data[: limit * step]
-        node, place, path = self.root, 0, []
+        node, place = self.root, 0
+        path: list[Node] = []
         edge = run.salt + data[:step]
         if len(data) < step:
             return path, 0
