@@ -43,19 +43,18 @@ class CachedPages:
     Args:
         cache: whose device pages are those of the model's pool.
         flush: at the end of the stream, back up what is on the device alone.
-        skip: the step of the scheduler whose round this rank leaves out, for tests; 0 for none.
+        mute: prompts after whose computation this rank runs no round any more, which is a fault, for tests; 0 for never.
     """
 
-    def __init__(self, cache: PrefixCache, *, flush: bool, skip: int = 0) -> None:
-        self._cache, self._flush, self._skip = cache, flush, skip
+    def __init__(self, cache: PrefixCache, *, flush: bool, mute: int = 0) -> None:
+        self._cache, self._flush, self._mute = cache, flush, mute
         self._page = cache.options.page_tokens
         self._held: dict[str, _Held] = {}
-        self._steps = 0
+        self._computed = 0
 
     def step(self) -> None:
         """The round of this step. Collective."""
-        self._steps += 1
-        if self._steps != self._skip:
+        if not self._mute or self._computed < self._mute:
             self._cache.step()
 
     def admit(self, request: Running) -> None:
@@ -99,6 +98,7 @@ class CachedPages:
 
     def computed(self, request: Running) -> None:
         """Its prompt is computed: others may use the full pages of it from now on."""
+        self._computed += 1
         self._give(request, self._held[request.name])
 
     def done(self, request: Running) -> None:

@@ -30,7 +30,7 @@ class CacheJob:
         patience: seconds that the policy ``"timeout"`` waits for storage, at least.
         fault: what is wrong with this rank's storage, of `commplane_cache.demo.faults.KINDS`, or ``""``.
         journal: file for what this rank's storage acknowledged, or ``""``.
-        skip: the step of the scheduler whose round this rank leaves out on purpose, or 0.
+        mute: prompts after whose computation this rank leaves out all rounds on purpose, or 0.
     """
 
     policy: str = "wait_complete"
@@ -44,7 +44,7 @@ class CacheJob:
     patience: float = 0.2
     fault: str = ""
     journal: str = ""
-    skip: int = 0
+    mute: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 
 import commplane
 from commplane.demo import PagedKV
-from commplane.errors import ConfigError
+from commplane.errors import ConfigError, PeerError
+from commplane_cache.demo.blame import traced
 from commplane_cache.demo.cached import CachedPages
 from commplane_cache.demo.engine import Engine, NoCache, Pages
 from commplane_cache.demo.job import Job, PassJob
@@ -32,8 +33,11 @@ def serve(job: Job) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", job.port, is_master=False, timeout=timedelta(seconds=30))
     with commplane.init(store=store, rank=job.rank, world_size=job.world_size) as plane:
-        parts = build(job, plane)
-        return [_one_pass(job, one, parts) for one in job.passes]
+        try:
+            parts = build(job, plane)
+            return [_one_pass(job, one, parts) for one in job.passes]
+        except PeerError as error:
+            raise traced(store, job.rank, error) from error
 
 
 def _one_pass(job: Job, one: PassJob, parts: Parts) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def _one_pass(job: Job, one: PassJob, parts: Parts) -> dict[str, Any]:
         served = _serve(job, one, parts, pool, NoCache(capacity, job.page_tokens))
         return {"name": one.name, "cached": False, **served, "counters": {}, "digest": 0}
     with opened_cache(job, setup, parts, pool) as cache:
-        pages = CachedPages(cache, flush=setup.write == "write_back", skip=setup.skip)
+        pages = CachedPages(cache, flush=setup.write == "write_back", mute=setup.mute)
         served = _serve(job, one, parts, pool, pages)
         return {"name": one.name, "cached": True, **served, "counters": cache.counters.to_json(), "digest": cache.digest}
 
