@@ -33,7 +33,7 @@ def test_a_store_opened_again_finds_its_pages(place: Place) -> None:
 @clause("P11")
 @needs("durable")
 def test_after_kill_9_every_acknowledged_page_is_found_and_no_torn_one(place: Place) -> None:
-    rounds, draw, nbytes, count = (25 if place.subject.full else 4), random.Random(8), 96 << 10, 240
+    rounds, draw, nbytes, count = (25 if place.subject.full else 4), random.Random(8), 96 << 10, 120
     for number in range(rounds):
         seed = f"round {number}"
         child = place.writer(seed, count, draw.choice((1, 3, 8)), nbytes)
