@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import cache_naive_model as naive
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,11 +15,6 @@ from commplane_cache.cache import PrefixCache
 from commplane_cache.options import CacheOptions
 from commplane_cache.tiers import FlatCopier, HostTier
 from commplane_cache.tree import TokenRun
-
-_SPEC = importlib.util.spec_from_file_location("cache_naive_model", Path(__file__).parent / "cache_naive_model.py")
-naive = importlib.util.module_from_spec(_SPEC)
-sys.modules[_SPEC.name] = naive
-_SPEC.loader.exec_module(naive)
 
 PAGE = 2
 prompts = st.lists(st.integers(0, 1), min_size=PAGE, max_size=9 * PAGE)

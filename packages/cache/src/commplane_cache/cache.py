@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,6 +39,7 @@ from commplane_cache.prefetch import PrefetchSlots, State, policy_of
 from commplane_cache.prefetch.slots import Snapshot
 from commplane_cache.prefetch.states import DROP
 from commplane_cache.residency import Residency
+from commplane_cache.results import Drained, Inserted, Match
 from commplane_cache.storage import StoreLink
 from commplane_cache.tiers import HELD, OWNERS, Copier, HostTier, Pool
 from commplane_cache.tree import Journal, Node, RadixTree, TokenRun
@@ -47,60 +47,6 @@ from commplane_cache.tree.journal import Decision
 from commplane_cache.work import Work
 
 __all__ = ["Drained", "Inserted", "Match", "PrefixCache"]
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What the cache has of a run. Good until the next step, or for as long as `device_node` or `node` is locked.
-
-    Attributes:
-        run: what was looked up.
-        pages: numbers of the device pages from the first page on.
-        host: pages after these that are on the host, see `PrefixCache.load_back`.
-        device_node: where the device pages end.
-        node: where all of it ends.
-        path: nodes of all of it.
-    """
-
-    run: TokenRun
-    pages: np.ndarray
-    host: int
-    device_node: Node
-    node: Node
-    path: tuple[Node, ...]
-
-    @property
-    def device(self) -> int:
-        """Pages on the device."""
-        return len(self.pages)
-
-    @property
-    def known(self) -> int:
-        """Pages on device and host."""
-        return len(self.pages) + self.host
-
-
-@dataclass(frozen=True, slots=True)
-class Inserted:
-    """What became of pages that were given to the tree.
-
-    Attributes:
-        node: where the run ends in the tree; lock it while the request runs on.
-        pages: device pages that the tree has for them. The request uses these from now on: its own, where the tree had pages
-            already, are free.
-    """
-
-    node: Node
-    pages: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class Drained:
-    """How much the last round drained from each queue: nodes whose copy or write has ended on all ranks."""
-
-    writes: int = 0
-    loads: int = 0
-    puts: int = 0
 
 
 class PrefixCache:
@@ -273,38 +219,16 @@ class PrefixCache:
         """
         if run.page_tokens != self.options.page_tokens:
             raise ConfigError(f"cache: wanted a run with {self.options.page_tokens} tokens a page, found {run.page_tokens}")
-        tree = self.tree
-        tree.clock += 1
-        clock, path, count = tree.clock, [], not again
-        device: list[np.ndarray] = []
-        host = 0
-        device_node = node = tree.root
-        for node in tree.walk(run)[0]:
-            if not host and node.device_ready:
-                assert node.device is not None
-                device.append(node.device)
-                device_node = node
-            elif node.host_ready:
-                host += node.count
-            else:
-                break
-            path.append(node)
-            node.clock = clock
-            node.hits += count
-            if priority > node.priority:
-                node.priority = priority
-            if self._selective and node.hits >= self._selective and node.host is None:
-                self._residency.back_up(node)
-        node = path[-1] if path else tree.root
-        self._journal.mix(4, node.seq, clock)
-        pages = device[0] if len(device) == 1 else np.concatenate(device) if device else np.empty(0, np.int64)
-        if count:
-            on_device, on_host = self.counters.device, self.counters.host
-            on_device.hits += len(pages)
-            on_device.misses += run.pages - len(pages)
-            on_host.hits += host
-            on_host.misses += run.pages - len(pages) - host
-        return Match(run, pages, host, device_node, node, tuple(path))
+        self.tree.clock += 1
+        known = self._residency.look_up(run, priority, count=not again, selective=self._selective)
+        self._journal.mix(4, known.node.seq, self.tree.clock)
+        if not again:
+            device, host = self.counters.device, self.counters.host
+            device.hits += known.device
+            device.misses += run.pages - known.device
+            host.hits += known.host
+            host.misses += run.pages - known.known
+        return known
 
     def peek(self, run: TokenRun) -> int:
         """Pages of `run` that the tree knows on any tier, also those on their way. Changes nothing."""

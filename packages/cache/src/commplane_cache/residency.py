@@ -14,6 +14,7 @@ import numpy as np
 from commplane.errors import CommplaneError
 from commplane_cache.evict import VictimQueue
 from commplane_cache.metrics import Counters
+from commplane_cache.results import Match
 from commplane_cache.storage import StoreLink
 from commplane_cache.tiers import HELD, MOVING, TREE, Copier, Pool
 from commplane_cache.tree import Journal, Node, RadixTree, TokenRun
@@ -56,6 +57,38 @@ class Residency:
         """`node` changed in a way that may make it a victim."""
         self.device_victims.consider(node)
         self.host_victims.consider(node)
+
+    def look_up(self, run: TokenRun, priority: int, *, count: bool, selective: int) -> Match:
+        """What there is of `run` from its start: pages on the device, then pages on the host. Notes the use.
+
+        Args:
+            run: what is looked for.
+            priority: of the request.
+            count: whether this is a use of its own.
+            selective: uses after which a node is backed up; 0 for never.
+        """
+        path: list[Node] = []
+        device: list[np.ndarray] = []
+        host, clock = 0, self.tree.clock
+        device_node = self.tree.root
+        for node in self.tree.walk(run)[0]:
+            if not host and node.device_ready:
+                assert node.device is not None
+                device.append(node.device)
+                device_node = node
+            elif node.host_ready:
+                host += node.count
+            else:
+                break
+            path.append(node)
+            node.clock = clock
+            node.hits += count
+            if priority > node.priority:
+                node.priority = priority
+            if selective and node.hits >= selective and node.host is None:
+                self.back_up(node)
+        pages = device[0] if len(device) == 1 else np.concatenate(device) if device else np.empty(0, np.int64)
+        return Match(run, pages, host, device_node, path[-1] if path else self.tree.root, tuple(path))
 
     # Room.
 
