@@ -110,23 +110,26 @@ def _start(job: Job, passes: Sequence[PassJob], faults: Mapping[int, str], folde
     """Start all ranks, wait for their end: by rank, the passes.
 
     Raises:
-        CommplaneError: a rank failed; every rank's own words are on standard error.
+        CommplaneError: a rank failed; what others say beside it is on standard error.
     """
     jobs = [
         replace(job, passes=tuple(one.on_rank(fault=faults.get(rank, "")) for one in passes)) for rank in range(job.tp * job.cp)
     ]
     with Ranks(jobs, folder, progress=True) as ranks:
         ended = ranks.wait(_LIMIT)
-    if any(e.returncode != 0 for e in ended):
-        for e in ended:
-            print(e.line(), file=sys.stderr)
-        raise CommplaneError(f"ranks failed: {_first(ended).line()}")
+    failed = [e for e in ended if e.returncode != 0]
+    if failed:
+        first = _first(failed)
+        for e in failed:
+            if e.said.get("message") != first.said.get("message"):
+                print(e.line(), file=sys.stderr)
+        raise CommplaneError(first.line())
     return gather_passes(ended)
 
 
 def _first(ended: Sequence[Ended]) -> Ended:
     """Who tells most: a rank that died on its own, else one that says why."""
-    return min((e for e in ended if e.returncode != 0), key=lambda e: (e.returncode is None, "error" in e.said, e.rank))
+    return min(ended, key=lambda e: (e.returncode is None, "error" in e.said, e.rank))
 
 
 def _show(passes: Sequence[Pass], job: Job, wrong: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from commplane.errors import PeerError
+from commplane.errors import CommplaneError, PeerError
 from commplane_cache.demo.job import Job
 
 __all__ = ["main"]
@@ -33,7 +33,8 @@ def main(configuration: str) -> int:
 
         said["passes"] = serve(job)
     except Exception as error:  # whatever it is, the process that started the ranks shows it
-        traceback.print_exc()
+        if not isinstance(error, CommplaneError):  # those say what is wrong in one sentence
+            traceback.print_exc()
         said.update(error=type(error).__name__, message=str(error))
         if isinstance(error, PeerError):
             said["missing"] = list(error.missing_ranks)

@@ -16,7 +16,7 @@ from commplane_cache.demo.cached import CachedPages
 from commplane_cache.demo.engine import Engine, NoCache, Pages
 from commplane_cache.demo.job import Job, PassJob
 from commplane_cache.demo.parts import Parts, build
-from commplane_cache.demo.storage import opened_cache
+from commplane_cache.demo.storage import find_store, opened_cache
 from commplane_cache.demo.stream import Conversations, arrivals, longest
 
 __all__ = ["serve"]
@@ -34,6 +34,9 @@ def serve(job: Job) -> list[dict[str, Any]]:
     store = TCPStore("127.0.0.1", job.port, is_master=False, timeout=timedelta(seconds=30))
     with commplane.init(store=store, rank=job.rank, world_size=job.world_size) as plane:
         try:
+            for one in job.passes:
+                if one.cache is not None and one.cache.store:
+                    find_store(plane, one.cache.store)  # before there is anything to wait for
             parts = build(job, plane)
             return [_one_pass(job, one, parts) for one in job.passes]
         except PeerError as error:

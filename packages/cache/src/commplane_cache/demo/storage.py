@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import commplane
 from commplane.api import PageStore, PageStoreSpec, StoreContext
 from commplane.demo import ModelConfig, PagedKV
 from commplane_cache.cache import PrefixCache
@@ -20,7 +21,7 @@ from commplane_cache.keys import KeyScheme
 from commplane_cache.options import CacheOptions
 from commplane_cache.tiers import FlatCopier, HostTier
 
-__all__ = ["key_scheme", "opened_cache", "store_context"]
+__all__ = ["find_store", "key_scheme", "opened_cache", "store_context"]
 
 
 @contextmanager
@@ -59,18 +60,22 @@ def opened_cache(job: Job, setup: CacheJob, parts: Parts, pool: PagedKV) -> Iter
     rounds.close()
 
 
-def _opened_store(job: Job, setup: CacheJob, parts: Parts) -> PageStore:
-    """The page store of that name among all plugins. Local.
+def find_store(plane: commplane.Plane, name: str) -> PageStoreSpec:
+    """What plugins say of the page store of that name. Local.
 
     Raises:
         PluginNotFound: no plugin registers it.
     """
-    known = parts.plane.plugins.registered(PageStoreSpec)
-    if setup.store not in known:
-        raise parts.plane.plugins.not_found("page store", setup.store, known)
-    spec = known[setup.store].spec
+    known = plane.plugins.registered(PageStoreSpec)
+    if name not in known:
+        raise plane.plugins.not_found("page store", name, known)
+    spec = known[name].spec
     assert isinstance(spec, PageStoreSpec)
-    module, _, attribute = spec.factory.partition(":")
+    return spec
+
+
+def _opened_store(job: Job, setup: CacheJob, parts: Parts) -> PageStore:
+    module, _, attribute = find_store(parts.plane, setup.store).factory.partition(":")
     store: PageStore = getattr(importlib.import_module(module), attribute)()
     if setup.journal:
         store = Journal(store, Path(setup.journal))
