@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from commplane.errors import ConfigError
-from commplane_disagg.demo.job import Options
+from commplane_disagg.demo.job import FAULTS, Options
 from commplane_disagg.demo.network import refusal
 from commplane_disagg.demo.prompts import PROMPTS
 from commplane_disagg.demo.run import NOT_REGISTERED, demo, in_namespaces
@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="a network namespace for each node, or a loopback address (default: namespaces where they can be made)",
     )
-    parser.add_argument("--mbit", type=float, default=0.0, help="limit each prefill node's link (namespaces only)")
+    parser.add_argument("--mbit", type=float, default=0.0, help="limit what each prefill node sends, megabits/s")
+    faults = "; ".join(f"{name}: {what}" for name, what in FAULTS.items())
+    parser.add_argument("--fault", choices=FAULTS, default="", metavar="NAME", help=f"once a room has arrived: {faults}")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for any one wait (default: %(default)g)")
 
 
@@ -60,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         port_sync=not arguments.no_port_sync,
         network=network,
         mbit=arguments.mbit,
+        fault=arguments.fault,
         timeout=arguments.timeout,
     )
     if network == "namespaces":

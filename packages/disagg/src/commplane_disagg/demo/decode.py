@@ -8,9 +8,10 @@ from collections import deque
 from torch.distributed import Store
 
 from commplane.demo import PagedKV, Transformer
+from commplane_disagg.demo.faults import ARRIVED
 from commplane_disagg.demo.job import Arrived, Job, Outcome
 from commplane_disagg.demo.parts import CONFIG, arguments, meet, model, told
-from commplane_disagg.demo.prefill import REGISTRY, end_name
+from commplane_disagg.demo.prefill import READY, REGISTRY, end_name
 from commplane_disagg.demo.unsynced import UNSYNCED_SECONDS
 from commplane_disagg.ends import Address, DecodeEnd, PrefillReplica, Report
 from commplane_disagg.ranks import Grid
@@ -30,7 +31,9 @@ def run(job: Job) -> Outcome:
         pool = end.open()
         shard = model(job, plane)
         port, source = _source(job, store)
-        arrived = _Serving(job, end, shard, PagedKV(CONFIG.layout(job.size), pool), source, pages).serve()
+        if job.rank == 0:
+            store.set(READY, "")
+        arrived = _Serving(job, end, shard, PagedKV(CONFIG.layout(job.size), pool), source, pages).serve(store)
         return Outcome(used=port, arrived=arrived)
 
 
@@ -57,12 +60,14 @@ class _Serving:
         self._lent: set[int] = set()
         self._arrived: dict[int, Arrived] = {}
 
-    def serve(self) -> dict[int, Arrived]:
+    def serve(self, store: Store) -> dict[int, Arrived]:
         """All prompts: what came of each. Raises the first room's error, on all ranks in the same step."""
         while self._waiting or self._pages:
             self._admit()
             self._absorb(self._end.step(0.0 if self._ready else 0.001))
             if self._ready:
+                if self._job.rank == 0:
+                    store.set(ARRIVED, "")
                 self._answer(self._ready.popleft())
         return self._arrived
 

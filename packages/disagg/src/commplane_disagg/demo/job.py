@@ -6,11 +6,21 @@ import msgspec
 
 from commplane.errors import ConfigError
 
-__all__ = ["Arrived", "Job", "Options", "Outcome", "Sent", "node_of"]
+__all__ = ["DECODE_NODE", "FAULTS", "PREFILL_NODES", "Arrived", "Job", "Options", "Outcome", "Sent", "node_of"]
 
 PREFILL_NODES = 2
 DECODE_NODE = 2
 """The last of three."""
+
+FAULTS = {
+    "kill-prefill": "the last prefill rank is killed",
+    "stop-prefill": "the last prefill rank is stopped, and stays so",
+    "kill-decode": "the first decode rank is killed",
+    "registry": "the registry ends",
+    "unplug": "the second prefill node is without its cable for two seconds",
+    "cut": "the second prefill node loses its cable for good",
+}
+"""Name -> what happens."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,8 +34,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         engine: name of the transfer engine; "" takes ``tcp`` between namespaces and ``shm`` on loopback.
         port_sync: False registers as upstream did, each node at its own port.
         network: ``"namespaces"`` or ``"loopback"``.
-        mbit: of each prefill node's link, in megabits a second; 0: not limited. Namespaces only.
-        fault: what happens once the first room has arrived (`commplane_disagg.demo.faults`); "" nothing.
+        mbit: what each prefill node may send, in megabits a second; 0: not limited. Namespaces only.
+        fault: what happens once the first room has arrived, of `FAULTS`; "" nothing.
         timeout: seconds for any one wait and for any one room.
     """
 
@@ -43,6 +53,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
             raise ConfigError("the demo wants at least one prompt, and none that is empty")
+        if self.fault and self.fault not in FAULTS:
+            raise ConfigError(f"no fault {self.fault!r}: wanted one of {', '.join(FAULTS)}")
         if self.tokens < 1 or self.timeout <= 0 or min(self.prefill_tp, self.decode_tp) < 1:
             raise ConfigError("the demo wants at least one token and one rank on each side, and a timeout above 0")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import IO
 
@@ -16,7 +17,10 @@ import msgspec
 from commplane_disagg.demo.job import Job, Outcome
 from commplane_disagg.demo.network import Node
 
-__all__ = ["Process", "Ranks"]
+__all__ = ["SILENT", "Process", "Ranks"]
+
+SILENT = "silent"
+"""In the place of an error's class: the rank could not say how it ended."""
 
 _POLL = 0.02
 
@@ -30,7 +34,7 @@ class Process:
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         descriptor = self._said.fileno()
         self._process = subprocess.Popen(
-            [*node.command, sys.executable, "-m", "commplane_disagg.demo.rank", str(descriptor)],
+            [*node.command, sys.executable, "-m", "commplane_disagg.demo.rank", str(os.getpid()), str(descriptor)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": node.interface, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.PIPE,
             stdout=self._log,
@@ -39,7 +43,8 @@ class Process:
             start_new_session=True,  # Ctrl-C is for the process that ends all of them
         )
         assert self._process.stdin is not None
-        with self._process.stdin as stdin:  # not an argument: others may read those, and the token is in it
+        # Not an argument: others may read those, and the token is in it. A rank that is gone already is found to be so later.
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(msgspec.msgpack.encode(job))
 
     @property
@@ -69,9 +74,9 @@ class Process:
             return msgspec.msgpack.decode(os.pread(self._said.fileno(), size, 0), type=Outcome)
         code = self.returncode
         if code is None:
-            return Outcome(error="Late", message="it was still running at the deadline, and was killed")
-        what = f"it was killed by signal {-code}" if code < 0 else f"it ended with exit code {code}"
-        return Outcome(error="Ended", message=f"{what} and said nothing; its log ends: {self.log()[-500:].strip()}")
+            return Outcome(error=SILENT, message="was still running at the deadline, and is killed now")
+        what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return Outcome(error=SILENT, message=f"{what} and said nothing; its log ends: {self.log()[-500:].strip() or '(empty)'}")
 
     def kill(self) -> None:
         """End it at once."""
@@ -98,10 +103,11 @@ class Ranks:
             self.close()
             raise
 
-    def wait(self, timeout: float, *, grace: float) -> list[Outcome]:
+    def wait(self, timeout: float, *, grace: float, meanwhile: Callable[[], None]) -> list[Outcome]:
         """How each rank ended.
 
         Args:
+            meanwhile: called many times a second.
             timeout: seconds for all of it.
             grace: seconds that the others may go on once one has failed; their own deadlines should end them before.
         """
@@ -112,6 +118,7 @@ class Ranks:
                 break
             if not failed and any(codes):
                 failed, deadline = True, min(deadline, time.monotonic() + grace)
+            meanwhile()
             time.sleep(_POLL)
         return [process.outcome() for process in self.processes]
 

@@ -45,12 +45,11 @@ class Node:
     outer: str = ""
 
 
-def with_parent() -> None:
-    """End this process with the one that started it, even if that one is killed. Call it first thing in a child."""
-    parent = os.getppid()
+def with_parent(parent: int) -> None:
+    """End this process with `parent`, the one that started it, even if that one is killed. Call it first thing in a child."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it went before the call
+    if os.getppid() != parent:  # it went before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -126,8 +125,23 @@ def link(node: Node, up: bool) -> None:
 
 
 def shape(node: Node, mbit: float) -> None:
-    """Let at most `mbit` megabits a second through to the node."""
-    _run("tc", "qdisc", "replace", "dev", node.outer, "root", "tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "100ms")
+    """Let at most `mbit` megabits a second out of the node."""
+    _run(
+        *node.command,
+        "tc",
+        "qdisc",
+        "replace",
+        "dev",
+        node.interface,
+        "root",
+        "tbf",
+        "rate",
+        f"{mbit}mbit",
+        "burst",
+        "64kb",
+        "latency",
+        "100ms",
+    )
 
 
 def _cabled(index: int, pid: int) -> Node:

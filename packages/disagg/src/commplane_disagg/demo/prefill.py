@@ -8,6 +8,7 @@ from collections import deque
 from torch.distributed import Store
 
 from commplane.demo import PagedKV, Transformer
+from commplane_disagg.demo.faults import DONE
 from commplane_disagg.demo.job import Job, Outcome, Sent, node_of
 from commplane_disagg.demo.parts import CONFIG, arguments, meet, model, told
 from commplane_disagg.demo.unsynced import join_unsynced
@@ -16,10 +17,13 @@ from commplane_disagg.port import BoundSocket, bind_listener
 from commplane_disagg.registry import join
 from commplane_disagg.wire import Coordinate, EngineOffer, Row, Topology
 
-__all__ = ["REGISTRY", "end_name", "run", "topology"]
+__all__ = ["READY", "REGISTRY", "end_name", "run", "topology"]
 
 REGISTRY = "registry"
 """Key of the store under which the port is that the decode side is given, as its users or its router are."""
+
+READY = "decode is ready"
+"""Key that the first decode rank writes: what is measured has no start-up in it."""
 
 _AT_ONCE = 3
 """Prompts of the greatest length that the pool has room for: later ones wait until pages come back."""
@@ -70,9 +74,18 @@ def run(job: Job) -> Outcome:
             with member:
                 shard = model(job, plane)
                 cache = PagedKV(CONFIG.layout(job.size), pool)
-                sent = _Serving(job, end, shard, cache, pages).serve()
+                told(store, READY)
+                serving = _Serving(job, end, shard, cache, pages)
+                for room in range(len(job.prompts)):
+                    if job.options.fault and room == len(job.prompts) - 1:
+                        serving.drain()
+                        told(store, DONE)
+                        if job.options.fault == "registry" and member.server is not None:
+                            member.server.close()
+                    serving.compute(room)
+                serving.drain()
                 plane.gather("done", what="the end of the demo")  # the registry stays until all ranks are done
-            return Outcome(bound=here, used=member.port, sent=sent)
+            return Outcome(bound=here, used=member.port, sent=serving.sent)
 
 
 def _bind(job: Job, store: Store) -> tuple[BoundSocket | None, int]:
@@ -93,18 +106,17 @@ class _Serving:
         self._job, self._end, self._model, self._cache = job, end, model, cache
         self._free = deque(range(pages))
         self._given: dict[int, tuple[int, float, float]] = {}
-        self._sent: dict[int, Sent] = {}
+        self.sent: dict[int, Sent] = {}
         self._lent = 0
 
-    def serve(self) -> dict[int, Sent]:
-        """All prompts: what came of each. Raises the first room's error, on all ranks in the same step."""
-        for room, prompt in enumerate(self._job.prompts):
-            self._prompt(room, prompt)
+    def drain(self) -> None:
+        """Step until every room has ended. Raises the first room's error, as `compute` does, on all ranks in the same step."""
         while self._lent:
             self._absorb(self._end.step(0.001))
-        return self._sent
 
-    def _prompt(self, room: int, prompt: tuple[int, ...]) -> None:
+    def compute(self, room: int) -> None:
+        """Compute a prompt, and give its pages away."""
+        prompt = self._job.prompts[room]
         count, size = CONFIG.pages(len(prompt)), CONFIG.page_tokens
         while len(self._free) < count:
             self._absorb(self._end.step(0.001))
@@ -130,7 +142,7 @@ class _Serving:
             if result.error is not None:
                 raise result.error
             token, computing, given = self._given[result.room]
-            self._sent[result.room] = Sent(token=token, computing=computing, moving=time.perf_counter() - given)
+            self.sent[result.room] = Sent(token=token, computing=computing, moving=time.perf_counter() - given)
         for lent in report.released:
             self._free.extend(lent.pages)
             self._lent -= len(lent.pages)

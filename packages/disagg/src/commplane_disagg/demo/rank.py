@@ -1,4 +1,4 @@
-"""The process of one rank: ``python -m commplane_disagg.demo.rank FD``, its job on standard input, its outcome to FD."""
+"""The process of one rank: ``python -m commplane_disagg.demo.rank PARENT FD``, its job on standard input, its outcome to FD."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from commplane_disagg.demo.network import with_parent
 __all__ = ["main"]
 
 
-def main(descriptor: int) -> int:
+def main(parent: int, descriptor: int) -> int:
     """Run one rank: its exit code."""
-    with_parent()
+    with_parent(parent)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job)
     try:
@@ -35,4 +35,4 @@ def main(descriptor: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

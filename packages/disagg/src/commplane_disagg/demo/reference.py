@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+import torch
+
 from commplane.demo import PagedKV, Transformer
 from commplane_disagg.demo.job import Arrived
 from commplane_disagg.demo.parts import CONFIG
@@ -14,6 +16,7 @@ __all__ = ["expected"]
 
 def expected(prompts: Sequence[Sequence[int]], tokens: int, decode_tp: int) -> list[dict[int, Arrived]]:
     """For each decode rank what it should have of each room."""
+    torch.set_num_threads(1)
     model, layout, heads = Transformer(CONFIG), CONFIG.layout(), CONFIG.kv_heads // decode_tp
     ranks: list[dict[int, Arrived]] = [{} for _ in range(decode_tp)]
     for room, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The demo from start to end: ``python -m commplane_disagg.demo.run OPTIONS`` where this process has a network of its own."""
+"""The demo from start to end: ``python -m commplane_disagg.demo.run PARENT OPTIONS`` in a network of its own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from datetime import timedelta
 import msgspec
 
 from commplane.errors import CommplaneError
-from commplane_disagg.demo.job import DECODE_NODE, PREFILL_NODES, Arrived, Job, Options, Outcome
-from commplane_disagg.demo.launch import Process, Ranks
+from commplane_disagg.demo.job import DECODE_NODE, PREFILL_NODES, Job, Options, Outcome
+from commplane_disagg.demo.launch import SILENT, Process, Ranks
 from commplane_disagg.demo.network import isolated, loopback, namespaces, shape, with_parent
 
 __all__ = ["NOT_REGISTERED", "demo", "in_namespaces"]
@@ -23,11 +23,13 @@ NOT_REGISTERED = 3
 """Exit code where prefill ranks could not register, which is what comes of ``--no-port-sync``."""
 
 _GRACE = 10.0
+"""Seconds beside the timeout that other ranks may go on once one has failed; their own deadlines should end them before."""
 
 
 def in_namespaces(options: Options) -> int:
     """Run `demo` in a process that has a network of its own: its exit code."""
-    command = [*isolated(), sys.executable, "-m", "commplane_disagg.demo.run", msgspec.json.encode(options).decode()]
+    module = [sys.executable, "-m", "commplane_disagg.demo.run"]
+    command = [*isolated(), *module, str(os.getpid()), msgspec.json.encode(options).decode()]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as child:
         # Ctrl-C reaches the child too, which cleans up and ends; this process stays for its exit code.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -47,8 +49,8 @@ def demo(options: Options) -> int:
     from torch.distributed import TCPStore
 
     from commplane.demo import encode_text
+    from commplane_disagg.demo.faults import Fault
     from commplane_disagg.demo.parts import CONFIG
-    from commplane_disagg.demo.reference import expected
 
     for size in (options.prefill_tp, options.decode_tp):
         CONFIG.check(size)
@@ -76,21 +78,29 @@ def demo(options: Options) -> int:
             for rank in range(size)
         ]
         with Ranks(jobs, nodes) as ranks:
-            right = expected(prompts, options.tokens, options.decode_tp)  # while they start
-            outcomes = ranks.wait(options.timeout * 4, grace=_GRACE)
-            return _conclude(options, ranks.processes, outcomes, right)
+            fault = Fault(options, ranks.processes, nodes, store)
+
+            def meanwhile() -> None:
+                if (happened := fault.look()) is not None:
+                    _say(happened)
+
+            outcomes = ranks.wait(4 * options.timeout, grace=options.timeout + _GRACE, meanwhile=meanwhile)
+            return _conclude(options, ranks.processes, outcomes)
 
 
-def _conclude(
-    options: Options, processes: Sequence[Process], outcomes: Sequence[Outcome], right: Sequence[dict[int, Arrived]]
-) -> int:
+def _conclude(options: Options, processes: Sequence[Process], outcomes: Sequence[Outcome]) -> int:
+    from commplane_disagg.demo.reference import expected
     from commplane_disagg.demo.report import differences, table
 
     prefill, decode = outcomes[: options.prefill_tp], outcomes[options.prefill_tp :]
     failed = [(process, outcome) for process, outcome in zip(processes, outcomes, strict=True) if outcome.error]
     if failed:
         for process, outcome in failed:
-            _say(f"{process.name}: {outcome.error}: {outcome.message}")
+            _say(
+                f"{process.name} {outcome.message}"
+                if outcome.error == SILENT
+                else f"{process.name}: {outcome.error}: {outcome.message}"
+            )
         if not options.port_sync:
             _say("without the port sync each node looks for the registry at its own port; it listens at the first node's")
             return NOT_REGISTERED
@@ -99,7 +109,7 @@ def _conclude(
     used = {outcome.used for outcome in outcomes}
     _say(f"bound: {', '.join(bound)}; used by all ranks: {processes[0].job.host}:{', '.join(map(str, sorted(used)))}")
     _say(f"engine: {options.engine_name}; prefill tp {options.prefill_tp}, decode tp {options.decode_tp}\n")
-    wrong = differences(prefill, decode, right)
+    wrong = differences(prefill, decode, expected(processes[0].job.prompts, options.tokens, options.decode_tp))
     for line in table(options, prefill, decode, wrong):
         _say(line)
     rooms = len(options.prompts)
@@ -112,9 +122,9 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def main(options: str) -> int:
+def main(parent: int, options: str) -> int:
     """The process that `in_namespaces` starts: its exit code."""
-    with_parent()
+    with_parent(parent)
     try:
         return demo(msgspec.json.decode(options, type=Options))
     except CommplaneError as error:
@@ -125,4 +135,4 @@ def main(options: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2]))
