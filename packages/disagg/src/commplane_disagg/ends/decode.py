@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,10 @@ from commplane_disagg.ranks import Grid, holding, notifies
 from commplane_disagg.rooms import Cause, Key, Reason, Room, Status
 
 __all__ = ["Address", "DecodeEnd", "PrefillReplica"]
+
+
+_FAREWELLS = 4096
+"""Failed rooms that are remembered for a prefill rank that is not there."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class DecodeEnd(End):
 
     def _begin(self) -> None:
         self._dialled: dict[str, Address] = {}
+        self._farewells: dict[str, deque[Abort]] = {}
 
     def receive(
         self,
@@ -142,8 +148,11 @@ class DecodeEnd(End):
         for address in source.ranks.values():
             if self._dialled.pop(address.name, None) is not None:
                 self.channel.forget(address.name)
+                self._farewells.pop(address.name, None)
 
     def _up(self, peer: Peer) -> None:
+        for farewell in self._farewells.pop(peer.identity.name, ()):
+            self._send(peer, farewell)
         for room in list(self.table.rooms.values()):
             sender = _receiving(room).senders.get(peer.identity.name)
             if sender is None:
@@ -220,17 +229,19 @@ class DecodeEnd(End):
                     self._send(sender.peer, Ack(room.key.room, room.key.generation))
 
     def _give_up(self, room: Room) -> None:
-        cause, key = room.cause, room.key
-        assert cause is not None
-        senders = _receiving(room).senders.values()
-        for sender in senders:
-            if sender.peer is not None and not sender.told:
-                sender.told = self._send(
-                    sender.peer, Abort(key.room, key.generation, cause.reason, cause.origin, cause.text[:500])
-                )
-        open_ones = [s for s in senders if not self._is_over(s)]
+        senders = _receiving(room).senders
+        for name, sender in senders.items():
+            peer = sender.peer or self.peers.current(name)
+            if peer is not None and not sender.told and room.is_explained:
+                sender.told = self._send(peer, self._farewell(room))
+        open_ones = [s for s in senders.values() if not self._is_over(s)]
         room.drained = not open_ones
         room.stuck = bool(open_ones) and all(s.poisoned for s in open_ones)
+
+    def _farewell(self, room: Room) -> Abort:
+        cause, key = room.cause, room.key
+        assert cause is not None
+        return Abort(key.room, key.generation, cause.reason, cause.origin, cause.text[:500])
 
     def _is_over(self, sender: _Sender) -> bool:
         """Whether no write of this sender can land any more."""
@@ -258,7 +269,13 @@ class DecodeEnd(End):
         return f"nothing was said of the end of the writes of {', '.join(name for name, s in senders.items() if not s.written)}"
 
     def _ended(self, room: Room) -> None:
-        """Nothing is left to forget."""
+        """A prefill rank that never heard of a failed room is told when it is there, so that it does not wait for nothing."""
+        if room.cause is None:
+            return
+        for name, sender in _receiving(room).senders.items():
+            if sender.peer is None and not sender.told:
+                waiting = self._farewells.setdefault(name, deque(maxlen=_FAREWELLS))
+                waiting.append(self._farewell(room))
 
     def _needed(self, peer: Peer) -> bool:
         rooms = self.table.rooms.values()

@@ -196,13 +196,12 @@ class End(ABC):
             self._moved(moved)
         now = self._clock()
         for peer in self.peers.look(now):
-            self._died(peer)
+            self._bury(peer)
         for witness, peer in self.peers.witnesses(now):
             self._send(witness, Inquire(peer.identity.pid, peer.identity.started))
         for peer in self.peers.away():
-            lost = peer.away_since is not None and now - peer.away_since >= self._lost_after
-            if lost or peer.dead:
-                self._lost(peer, peer.why + (", and it has ended" if peer.dead else ""))
+            if peer.away_since is not None and now - peer.away_since >= self._lost_after:
+                self._lost(peer, peer.why)
         for room in list(self.table.rooms.values()):
             self._tend(room, now)
         self.peers.keep(self._needed)
@@ -219,6 +218,7 @@ class End(ABC):
                 report.results.append(RoomResult(key.room, key.generation))
             elif change.kind == "error":
                 report.results.append(RoomResult(key.room, key.generation, room.error))
+                self._give_up(room)  # now peers can be told why
             elif change.kind == "quarantined":
                 report.quarantined.append(LentPages(key.room, key.generation, self.ledger.lent(key)))
             elif change.kind == "released":
@@ -252,7 +252,7 @@ class End(ABC):
         """
         dead = self.peers.declare_dead(name, instance)
         for peer in dead:
-            self._died(peer)
+            self._bury(peer)
         return len(dead)
 
     def stats(self) -> dict[str, int]:
@@ -307,7 +307,7 @@ class End(ABC):
 
     @abstractmethod
     def _died(self, peer: Peer) -> None:
-        """A peer was just proved to be dead."""
+        """A peer was just proved to be dead, and its rooms have failed."""
 
     @abstractmethod
     def _progress(self, room: Room) -> None:
@@ -381,7 +381,7 @@ class End(ABC):
             away = self.peers.down(event.peer, event.why, self._clock())
             if event.ended and away is not None and not away.dead:
                 away.dead = True
-                self._died(away)
+                self._bury(away)
         elif isinstance(event, Said):
             peer = self.peers.find(event.peer)
             if peer is None:
@@ -390,9 +390,14 @@ class End(ABC):
                 self._testify(peer, event.message)
             elif isinstance(event.message, Ended):
                 for dead in self.peers.testified(peer, event.message.pid, event.message.started):
-                    self._died(dead)
+                    self._bury(dead)
             else:
                 self._said(peer, event.message)
+
+    def _bury(self, peer: Peer) -> None:
+        """A peer was just proved to be dead: its rooms fail for that, before its transfers end for it."""
+        self._lost(peer, f"{peer.why}, and it has ended")
+        self._died(peer)
 
     def _testify(self, peer: Peer, question: Inquire) -> None:
         """Answer a peer on another machine that cannot see whether a process of this machine has ended."""

@@ -148,7 +148,7 @@ class PrefillEnd(End):
             if room is not None:
                 self._attach(room, peer, message)
             elif self.table.ended(key) is not None or key in self._aborted:
-                self._turn_away(peer, key, "this generation of the room is over")
+                self._turn_away(peer, key, self.table.epitaph(key) or self._refusal("this generation of the room is over"))
             else:
                 _remember(self._wants, key, self._wants.get(key, {})).update({peer.identity.name: (peer, message)})
         elif isinstance(message, Ack):
@@ -185,7 +185,7 @@ class PrefillEnd(End):
         sending, rank, key = _sending(room), peer.card.rank, room.key
         old = sending.receivers.get(rank)
         if old is not None and old.peer is not peer:
-            self._turn_away(peer, key, f"decode rank {rank} of this room is {old.peer.identity.name} already")
+            self._turn_away(peer, key, self._refusal(f"decode rank {rank} of this room is {old.peer.identity.name} already"))
             if old.peer.identity.name == peer.identity.name:
                 self._fail(room, Reason.PEER_LOST, f"{peer.identity.name} was started again")
             return
@@ -295,7 +295,7 @@ class PrefillEnd(End):
         sending, key, cause = _sending(room), room.key, room.cause
         assert cause is not None
         for receiver in sending.receivers.values():
-            if not receiver.told:
+            if not receiver.told and room.is_explained:
                 failed = Failed(key.room, key.generation, cause.reason, cause.origin, cause.text[:500])
                 receiver.told = self._send(receiver.peer, failed)
             # Without the promise that a cancelled transfer writes nothing later it is better to let it end.
@@ -303,7 +303,7 @@ class PrefillEnd(End):
                 receiver.cancelled = True
                 for ticket in receiver.tickets:
                     self.engine.cancel(ticket)
-            if not receiver.tickets and not receiver.drained:
+            if receiver.told and not receiver.tickets and not receiver.drained:
                 receiver.drained = self._send(receiver.peer, Drained(key.room, key.generation, clean=not receiver.unclean))
         rest = list(sending.receivers.values())
         # A peer whose process has ended has no memory that a write could land in.
@@ -351,8 +351,11 @@ class PrefillEnd(End):
         receiver = _sending(room).receivers.get(peer.card.rank) if room is not None else None
         return receiver if receiver is not None and receiver.peer is peer else None
 
-    def _turn_away(self, peer: Peer, key: Key, why: str) -> None:
-        self._send(peer, Failed(key.room, key.generation, Reason.REFUSED, self.name, why))
+    def _refusal(self, why: str) -> Cause:
+        return Cause(Reason.REFUSED, self.name, why)
+
+    def _turn_away(self, peer: Peer, key: Key, cause: Cause) -> None:
+        self._send(peer, Failed(key.room, key.generation, cause.reason, cause.origin, cause.text[:500]))
         self._send(peer, Drained(key.room, key.generation, clean=True))
 
 

@@ -9,7 +9,7 @@ __all__ = ["CAPACITY", "LANES", "LIFTS", "ROOMS", "TEXT_WORDS"]
 CAPACITY = 128
 """Rooms that are agreed upon at a time. Further ones go on transferring; the group hears of them when there is a place."""
 
-LANES = 2
+LANES = 4
 """Failures whose text is told in one step."""
 
 TEXT_WORDS = 32

@@ -86,7 +86,8 @@ class Room:
         key: its number and generation.
         status: what the group agreed on; the only one to be shown.
         local: this rank's own status, at most SUCCESS.
-        cause: why it failed here, or was told to have failed; stays as it was first found.
+        cause: why it failed here, or was told to have failed; stays as it was first found. Of a room that another rank failed it
+            has no origin until that rank's text is known.
         drained: failed, and no write of it can land any more, as far as this rank knows.
         stuck: failed, not drained, and waiting longer is of no use.
         error: for all ranks the same but for who speaks; set with the agreed failure's text.
@@ -106,6 +107,11 @@ class Room:
     def is_failing(self) -> bool:
         """Whether this rank knows that it failed, agreed or not: nothing new may be started for it."""
         return self.cause is not None
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether it failed and the cause is known, so that others can be told."""
+        return self.cause is not None and bool(self.cause.origin)
 
     def advance(self, status: Status) -> None:
         """Raise this rank's own status; a lower one is ignored, so is any after a failure."""

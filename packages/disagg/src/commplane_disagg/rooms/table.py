@@ -62,7 +62,7 @@ class RoomTable:
         self.rooms: dict[int, Room] = {}
         self.digest = 0
         self.counts = dict.fromkeys(("success", "failed", "released", "quarantined", "lifted"), 0)
-        self._ended: OrderedDict[int, tuple[int, bool]] = OrderedDict()
+        self._ended: OrderedDict[int, tuple[int, Cause | None]] = OrderedDict()
         self._opened = 0
         self._admitted = 0
         self._queue: deque[Room] = deque()
@@ -100,10 +100,15 @@ class RoomTable:
 
         A generation below the last one that ended counts as failed.
         """
-        generation, ok = self._ended.get(key.room, (-1, False))
+        generation, cause = self._ended.get(key.room, (-1, None))
         if key.generation > generation:
             return None
-        return ok and key.generation == generation
+        return cause is None and key.generation == generation
+
+    def epitaph(self, key: Key) -> Cause | None:
+        """Why a room failed that is gone, as far as remembered."""
+        generation, cause = self._ended.get(key.room, (-1, None))
+        return cause if key.generation == generation else None
 
     def quarantined(self) -> tuple[Room, ...]:
         """Rooms whose pages nobody may use, oldest first; the same on every rank of the group."""
@@ -150,7 +155,7 @@ class RoomTable:
             rank = word + reason * _RANKS
             room.status = Status.FAILED
             if room.cause is None:
-                room.cause = Cause(reason, f"rank {rank} of the group", f"rank {rank} of the group failed it")
+                room.cause = Cause(reason, "", "")
             self._untold.append((room, reason, rank))
             self.counts["failed"] += 1
             changes.append(Change(room, "failed"))
@@ -178,7 +183,7 @@ class RoomTable:
         room.status = Status.RELEASED
         self.counts["released"] += 1
         del self.rooms[room.key.room]
-        self._ended[room.key.room] = (room.key.generation, ok)
+        self._ended[room.key.room] = (room.key.generation, None if ok else room.cause)
         self._ended.move_to_end(room.key.room)
         while len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
@@ -202,6 +207,9 @@ class RoomTable:
             said = _text(words[lane * TEXT_WORDS : (lane + 1) * TEXT_WORDS])
             text = f"{self.who} {room.key} failed ({reason.words}, first on rank {rank}): {said}"
             room.error = reason.error(text)
+            if not room.is_explained:
+                origin, _, told = said.partition(": ")
+                room.cause = Cause(reason, origin or "?", told)
             changes.append(Change(room, "error"))
             self._untold.popleft()
 
