@@ -5,12 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from cache_jobs import WITHOUT, cache, job
+from torch.distributed import TCPStore
 
 from commplane_cache.cli import main
-from commplane_cache.demo.report import Pass, Request, differences, summary, table
+from commplane_cache.demo.job import PassJob
+from commplane_cache.demo.launch import Ended
+from commplane_cache.demo.report import Pass, Request, differences, gather_passes, summary, table
+from commplane_cache.demo.scratch import scratch
+from commplane_cache.demo.serve import serve
+from commplane_cache.tiers import FlatCopier
 
 
 def test_one_rank_computes_less_with_the_cache_and_finds_its_pages_after_a_restart(tmp_path, capfd):
@@ -25,6 +36,38 @@ def test_one_rank_computes_less_with_the_cache_and_finds_its_pages_after_a_resta
     # Nothing but the results stays, the storage of the demo neither.
     drawn = ["cache.png"] if importlib.util.find_spec("matplotlib") else []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache.json", *drawn]
+
+
+def processes_of(folder):
+    """Ranks that run on jobs of `folder`."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0") if process.name.isdigit() else []
+        except OSError:  # it ended meanwhile
+            continue
+        if b"commplane_cache.demo.rank" in words and any(str(folder).encode() in word for word in words):
+            found.append(int(process.name))
+    return found
+
+
+def until(what):
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_demo_that_is_killed_leaves_no_process_and_the_next_one_clears_its_folder(tmp_path):
+    code = f"from commplane_cache.cli import main; main(['demo', '--ranks', '2x1', '--out', {str(tmp_path)!r}])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as demo:
+        until(lambda: len(processes_of(tmp_path)) == 2)
+        demo.kill()
+    until(lambda: not processes_of(tmp_path))
+    (left,) = tmp_path.iterdir()
+    with scratch(tmp_path) as mine:
+        assert mine.is_dir() and not left.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.long
@@ -56,6 +99,18 @@ def test_a_store_that_nobody_provides_ends_the_demo_with_its_name_and_those_ther
     assert main(["demo", "--ranks", "1x1", "--store", "slap", "--out", str(tmp_path)]) == 1
     error = capfd.readouterr().err
     assert "no installed wheel provides page store 'slap': did you mean 'slab'?" in error
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_pages_that_come_back_in_another_order_change_the_answers_and_are_seen(tmp_path, monkeypatch, right):
+    copied = FlatCopier.to_device
+    if not right:
+        monkeypatch.setattr(FlatCopier, "to_device", lambda self, host, device: copied(self, host[::-1], device))
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    setup = cache(tmp_path)
+    said = serve(job([WITHOUT, PassJob("first", setup), PassJob("again", setup)], tp=1, cp=1, world_size=1, port=meeting.port))
+    wrong = differences(gather_passes([Ended(0, 0, {"passes": said}, "")]))
+    assert (wrong == []) is right
 
 
 def served(name, cached, answer=(1, 2), computed=64, device=0, digest=0):

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from commplane_cache.demo.faults import KINDS, parse_fault
 from commplane_cache.demo.job import CacheJob, Job, PassJob
 from commplane_cache.demo.launch import Ended, Ranks
 from commplane_cache.demo.report import Pass, differences, gather_passes, summary, table
+from commplane_cache.demo.scratch import scratch
 from commplane_cache.demo.stream import Shape
 from commplane_cache.demo.text import read_sentences
 from commplane_cache.options import WRITES
@@ -69,23 +69,21 @@ def run(arguments: argparse.Namespace) -> int:
     shape = Shape(conversations=arguments.conversations, turns=arguments.turns, seed=arguments.seed)
     faults = {rank: kind for kind, rank in (parse_fault(text, tp * cp) for text in arguments.fault)}
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="cache-demo-", dir=out) as folder:
-        scratch = Path(folder)
+    with scratch(out) as folder:
         cache = CacheJob(
             policy=arguments.policy,
             write=arguments.write,
             store=arguments.store,
-            options=_store_options(arguments.store, arguments.store_option, scratch),
+            options=_store_options(arguments.store, arguments.store_option, folder),
             pipelined=arguments.pipelined,
         )
-        job = Job(tp, cp, shape, (), read_sentences(arguments.text), revision=f"demo {scratch.name}")
+        job = Job(tp, cp, shape, (), read_sentences(arguments.text), revision=f"demo {folder.name}")
         print(f"{shape.conversations} conversations of {shape.turns} turns, {tp * cp} processes: TP {tp} x CP {cp}")
         print(f"policy {cache.policy}, {cache.write}, store {cache.store}", *(f", {f}" for f in arguments.fault), sep="")
         print("\n== the processes start; the stream without the cache, then with it", flush=True)
-        first = _start(job, (PassJob("without"), PassJob("with the cache", cache)), faults, scratch / "first")
+        first = _start(job, (PassJob("without"), PassJob("with the cache", cache)), faults, folder / "first")
         print("\n== they have ended and start again: memory is empty, storage is not", flush=True)
-        again = _start(job, (PassJob("after a restart", cache),), faults, scratch / "again")
+        again = _start(job, (PassJob("after a restart", cache),), faults, folder / "again")
     runs = [[*a, *b] for a, b in zip(first, again, strict=True)]
     wrong = differences(runs)
     _show(runs[0], job, wrong)
@@ -93,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _store_options(store: str, given: Sequence[str], scratch: Path) -> dict[str, str]:
+def _store_options(store: str, given: Sequence[str], folder: Path) -> dict[str, str]:
     """What was given, and for stores in a folder one that goes away with the demo."""
     options = {}
     for text in given:
@@ -102,7 +100,7 @@ def _store_options(store: str, given: Sequence[str], scratch: Path) -> dict[str,
             raise ConfigError(f"store option {text!r}: wanted NAME=VALUE")
         options[name] = value
     if store in ("slab", "lmdb"):
-        options.setdefault("path", str(scratch.absolute() / "storage-{rank}"))
+        options.setdefault("path", str(folder.absolute() / "storage-{rank}"))
     return options
 
 
