@@ -12,12 +12,14 @@ from commplane_cache.stores.valued import ValuedStore, library
 
 __all__ = ["LmdbStore"]
 
+_SLACK = 64 << 20
+
 
 class LmdbStore(ValuedStore):
     """Over LMDB; wants ``commplane-cache[lmdb]``.
 
-    Options: `path` of a folder; `capacity_bytes`, beyond which puts fail; `sync`: a put is acknowledged when it is on the device,
-    without it a power failure may take the whole file; `threads`.
+    Options: `path` of a folder; `capacity_bytes` of pages, beyond which puts fail; `sync`: a put is acknowledged when it is on
+    the device, without it a power failure may take the whole file; `threads`.
 
     LMDB maps its file: a file that is cut while it is open ends the process, as it does for every user of LMDB. One process opens
     a path once.
@@ -32,9 +34,12 @@ class LmdbStore(ValuedStore):
             raise ConfigError("lmdb: wanted a folder of its own, found none; set the option path")
         self._lmdb = library("lmdb", "lmdb", "lmdb")
         folder = Path(options["path"])
+        self._capacity = options["capacity_bytes"] // context.page_bytes
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._env = self._lmdb.open(str(folder), map_size=options["capacity_bytes"], sync=options["sync"])
+            # Twice what its pages take: LMDB writes anew what changes, so that a file that is full could not even forget.
+            map_size = 2 * options["capacity_bytes"] + _SLACK
+            self._env = self._lmdb.open(str(folder), map_size=map_size, sync=options["sync"])
             self._env.reader_check()  # forget readers that were killed: they hold old pages of the file
         except (OSError, self._lmdb.Error) as error:
             raise CommplaneError(f"lmdb: {folder} cannot be opened: {error}") from error
@@ -56,23 +61,17 @@ class LmdbStore(ValuedStore):
 
     def values_write(self, names: Sequence[bytes], values: Sequence[bytearray]) -> Sequence[str | None]:
         """See `ValuedStore`."""
-        try:
-            self._write(list(zip(names, values, strict=True)))
-        except self._lmdb.MapFullError:  # what does not fit must not take with it what does
-            return [self._write_one(name, value) for name, value in zip(names, values, strict=True)]
-        return [None] * len(names)
-
-    def _write(self, items: Sequence[tuple[bytes, bytearray]]) -> None:
+        full = f"its {self._capacity} pages are all taken; remove some, or raise capacity_bytes"
+        outcomes: list[str | None] = []
         with self._env.begin(write=True) as edit:
-            for name, value in items:
-                edit.put(name, value, overwrite=False)
-
-    def _write_one(self, name: bytes, value: bytearray) -> str | None:
-        try:
-            self._write([(name, value)])
-        except self._lmdb.MapFullError:
-            return f"its {self._env.info()['map_size']} bytes are full; remove pages or raise capacity_bytes"
-        return None
+            room = self._capacity - edit.stat()["entries"]
+            for name, value in zip(names, values, strict=True):
+                if room > 0:
+                    room -= edit.put(name, value, overwrite=False)
+                    outcomes.append(None)
+                else:
+                    outcomes.append(None if edit.get(name) is not None else full)
+        return outcomes
 
     def values_remove(self, names: Sequence[bytes]) -> Sequence[str | None]:
         """See `ValuedStore`."""
@@ -82,8 +81,8 @@ class LmdbStore(ValuedStore):
         return [None] * len(names)
 
     def usage(self) -> StoreUsage:
-        """Pages of all namespaces; how many there is room for depends on how the file is cut up."""
-        return StoreUsage(self._env.stat()["entries"] if self._is_open else None, None)
+        """Pages of all namespaces."""
+        return StoreUsage(self._env.stat()["entries"] if self._is_open else None, self._capacity)
 
     def do_shut(self) -> None:
         """See `ThreadedStore`."""

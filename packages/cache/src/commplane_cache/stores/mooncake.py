@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -67,6 +68,7 @@ class MooncakeStore(ValuedStore):
         self._store = library("mooncake", "mooncake.store", "mooncake").MooncakeDistributedStore()
         self._local = threading.local()
         self._value_bytes = SEAL_BYTES + context.page_bytes
+        self._reach(options["master"], context.timeout)
         code = self._store.setup(
             options["host"],
             options["metadata"],
@@ -79,9 +81,18 @@ class MooncakeStore(ValuedStore):
         if code:
             self._store.close()
             raise CommplaneError(
-                f"mooncake: the master at {options['master']} was not joined, error {code}; does mooncake_master run there, "
-                f"and can it reach {options['host']}?"
+                f"mooncake: the master at {options['master']} was not joined, error {code}; does it reach {options['host']}?"
             )
+
+    def _reach(self, master: str, timeout: float) -> None:
+        """Connect once: the library tries for minutes where nobody answers, and holds Python's global lock all the time."""
+        host, _, port = master.rpartition(":")
+        if not port.isdigit() or "//" in host:  # a registry of masters, which only the library can ask
+            return
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+        except OSError as error:
+            raise CommplaneError(f"mooncake: nobody answers at {master}: {error}; does mooncake_master run there?") from error
 
     def _staging(self) -> _Staging:
         if not hasattr(self._local, "staging"):
