@@ -76,5 +76,5 @@ def test_a_reduction_over_tp_alone_is_found():
 
 
 def test_ranks_that_differ_are_named_with_the_decision_in_which_they_do():
-    with pytest.raises(CommplaneError, match=r"digests of rank 0 and rank \d differ.*Decision\(step=\d+"):
+    with pytest.raises(CommplaneError, match=r"digests of rank 0 and rank \d differ.*Decision\(number=\d+, step=\d+"):
         simulate(Scenario(ranks=4, steps=400, seed=0, mistake=MISTAKES["own_victims"]), SimulatedRounds)

@@ -151,9 +151,11 @@ def _come_to_rest(scenario: Scenario, ranks: list[Rank], agree: Callable[[bool],
 
 
 def _differ(one: Rank, other: Rank, step: int) -> CommplaneError:
-    pairs = zip(reversed(one.cache.decisions()), reversed(other.cache.decisions()), strict=False)
-    ours, theirs = next(((a, b) for a, b in reversed(list(pairs)) if a != b), (None, None))
-    return CommplaneError(
-        f"simulator: in step {step} the digests of rank {one.number} and rank {other.number} differ; the first decision in which "
-        f"they do: {ours} and {theirs}"
-    )
+    theirs = {decision.number: decision for decision in other.cache.decisions()}
+    ours = {decision.number: decision for decision in one.cache.decisions()}
+    kept = range(max(min(ours), min(theirs)), max(*ours, *theirs) + 1) if ours and theirs else ()
+    number = next((n for n in kept if ours.get(n) != theirs.get(n)), None)
+    words = "no decision does: they looked up or locked something else"
+    if number is not None:
+        words = f"the first decision in which they do: {ours.get(number)} and {theirs.get(number)}"
+    return CommplaneError(f"simulator: in step {step} the digests of rank {one.number} and rank {other.number} differ; {words}")

@@ -20,8 +20,16 @@ _STEP, _A, _B, _C = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 
 
 @dataclass(frozen=True)
 class Decision:
-    """One change: in which sync round's wake, what, and its numbers (mostly: the node's or request's number, pages, a tier)."""
+    """One change.
 
+    Attributes:
+        number: counts the decisions, from 1; decisions of one number are the same on all ranks.
+        step: in which round's wake it was taken.
+        what: what was decided.
+        numbers: of what, mostly the number of the node or the prefetch, and pages.
+    """
+
+    number: int
     step: int
     what: str
     numbers: tuple[int, int, int]
@@ -33,13 +41,15 @@ class Journal:
     Attributes:
         digest: of everything noted so far, below 2**63.
         step: sync rounds applied so far.
+        count: decisions so far.
+        listener: called with every decision, or None.
     """
 
-    __slots__ = ("_codes", "_ring", "digest", "listener", "step")
+    __slots__ = ("_codes", "_ring", "count", "digest", "listener", "step")
 
     def __init__(self, keep: int) -> None:
         self.digest = 1
-        self.step = 0
+        self.step = self.count = 0
         self.listener: Callable[[Decision], None] | None = None
         self._ring: deque[tuple[int, str, int, int, int]] = deque(maxlen=keep)
         self._codes: dict[str, int] = {}
@@ -54,10 +64,12 @@ class Journal:
         if code is None:  # from the text itself: the order in which kinds first occur does not matter
             code = self._codes[what] = zlib.crc32(what.encode()) << 24
         self.digest = (self.digest * _STEP + (a ^ code) * _A + b * _B + c * _C) & _MASK
+        self.count += 1
         self._ring.append((self.step, what, a, b, c))
         if self.listener is not None:
-            self.listener(Decision(self.step, what, (a, b, c)))
+            self.listener(Decision(self.count, self.step, what, (a, b, c)))
 
     def decisions(self) -> list[Decision]:
         """The last decisions, oldest first; equal on all ranks up to the last common round."""
-        return [Decision(step, what, (a, b, c)) for step, what, a, b, c in self._ring]
+        first = self.count - len(self._ring) + 1
+        return [Decision(i, step, what, (a, b, c)) for i, (step, what, a, b, c) in enumerate(self._ring, first)]
