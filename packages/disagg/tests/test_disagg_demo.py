@@ -85,7 +85,8 @@ def test_between_namespaces_pages_travel_over_tcp_to_as_many_decode_ranks(demo: 
     done = demo("--network", "namespaces", "--decode-tp", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "prefill on 10.77.0.1 and 10.77.0.2, decode on 10.77.0.3" in done.stdout
-    assert "engine: tcp; prefill tp 2, decode tp 2" in done.stdout
+    assert "engine: tcp (not shm: " in done.stdout and "in another network namespace" in done.stdout
+    assert "prefill tp 2, decode tp 2" in done.stdout
     # Each node has bound a port of its own, and all use that of the first.
     bound, used = done.stdout.partition("bound: ")[2].splitlines()[0].split("; used by all ranks: ")
     first, second = bound.split(", ")
@@ -100,7 +101,7 @@ def test_without_the_port_sync_the_other_node_is_refused_as_upstream_was(demo: D
     refused = lines["prefill rank 1 on node 1"]
     assert "PeerError" in refused and "Connection refused" in refused and "127.0.0.1:" in refused
     assert "missing are dp0/cp0/tp1/pp0" in lines["prefill rank 0 on node 0"]
-    assert "missing are dp0/cp0/tp1/pp0" in lines["decode rank 0 on node 2"]
+    assert "PeerError: group 'prefill' " in lines["decode rank 0 on node 2"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
@@ -130,18 +131,10 @@ def await_that(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def test_what_cannot_be_done_is_refused_in_one_line(demo: Demo) -> None:
-    cases = [
-        (("--network", "loopback", "--prefill-tp", "3"), "3 tp ranks must divide 4 kv heads"),
-        (("--network", "loopback", "--mbit", "10"), "--mbit wants network namespaces"),
-        (("--network", "loopback", "--fault", "cut"), "wants network namespaces"),
-    ]
-    for arguments, text in cases:
-        done = demo(*arguments)
-        assert done.returncode == 1 and text in done.stderr, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-    done = demo("--network", "loopback", prompts=" \n\n")
-    assert done.returncode == 1 and "wanted one a line" in done.stderr
+def test_what_cannot_be_cut_is_refused_in_one_line(demo: Demo) -> None:
+    done = demo("--network", "loopback", "--prefill-tp", "3")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("commplane-disagg demo: ") and "3 tp ranks must divide 4 kv heads" in done.stderr
 
 
 @pytest.mark.long

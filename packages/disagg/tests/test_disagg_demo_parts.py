@@ -93,5 +93,14 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
             Options(**options)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        run(parser.parse_args(["--network", "loopback", "--prompts", str(tmp_path / "none")]))
+    blank = tmp_path / "blank"
+    blank.write_text(" \n\n")
+    for words, text in (
+        (("--prompts", str(tmp_path / "none")), "cannot be read"),
+        (("--prompts", str(blank)), "wanted one a line"),
+        (("--mbit", "10"), "wants network namespaces"),
+        (("--fault", "cut"), "wants network namespaces"),
+        (("--fault", "kill-decode", "--prefill-tp", "1"), "two prefill ranks"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            run(parser.parse_args(["--network", "loopback", *words]))

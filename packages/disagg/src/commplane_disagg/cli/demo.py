@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill-tp", type=int, default=2, metavar="N", help="prefill ranks over two nodes (default: 2)")
     parser.add_argument("--decode-tp", type=int, default=1, metavar="N", help="decode ranks on the third node (default: 1)")
     parser.add_argument(
-        "--engine", default="", metavar="NAME", help="transfer engine (default: tcp between namespaces, shm on loopback)"
+        "--engine", default="", metavar="NAME", help="transfer engine (default: shm where all ranks can map it, else tcp)"
     )
     parser.add_argument("--no-port-sync", action="store_true", help="let each node register at its own port, as upstream did")
     parser.add_argument(
@@ -51,8 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
         if why is not None:
             print(f"no network namespaces here ({why}): loopback addresses stand for the nodes", flush=True)
         network = "loopback" if why is not None else "namespaces"
-    if arguments.mbit and network == "loopback":
-        raise ConfigError("--mbit wants network namespaces, a loopback address has no link")
     options = Options(
         prompts=_read(arguments.prompts) if arguments.prompts is not None else PROMPTS,
         tokens=arguments.tokens,

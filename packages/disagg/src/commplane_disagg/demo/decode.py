@@ -8,13 +8,13 @@ from collections import deque
 from torch.distributed import Store
 
 from commplane.demo import PagedKV, Transformer
+from commplane_disagg.demo.choice import engine_for
 from commplane_disagg.demo.faults import ARRIVED
 from commplane_disagg.demo.job import Arrived, Job, Outcome
 from commplane_disagg.demo.parts import CONFIG, arguments, meet, model, told
-from commplane_disagg.demo.prefill import READY, REGISTRY, end_name
+from commplane_disagg.demo.prefill import READY, REGISTRY
 from commplane_disagg.demo.unsynced import UNSYNCED_SECONDS
-from commplane_disagg.ends import Address, DecodeEnd, PrefillReplica, Report
-from commplane_disagg.ranks import Grid
+from commplane_disagg.ends import DecodeEnd, PrefillReplica, Report, replica_of
 from commplane_disagg.registry import RegistryClient
 
 __all__ = ["run"]
@@ -27,14 +27,16 @@ def run(job: Job) -> Outcome:
     """One decode rank, from start to end. Collective over the decode ranks."""
     longest = max(len(prompt) for prompt in job.prompts) + job.options.tokens
     pages = _AT_ONCE * CONFIG.pages(longest)
-    with meet(job) as (plane, store), DecodeEnd(name=f"decode/{job.rank}", **arguments(job, plane, pages)) as end:
-        pool = end.open()
-        shard = model(job, plane)
-        port, source = _source(job, store)
-        if job.rank == 0:
-            store.set(READY, "")
-        arrived = _Serving(job, end, shard, PagedKV(CONFIG.layout(job.size), pool), source, pages).serve(store)
-        return Outcome(used=port, arrived=arrived)
+    with meet(job) as (plane, store):
+        choice = engine_for(job, store)
+        with DecodeEnd(name=f"decode/{job.rank}", **arguments(job, plane, pages, choice.engine)) as end:
+            pool = end.open()
+            shard = model(job, plane)
+            port, source = _source(job, store)
+            if job.rank == 0:
+                store.set(READY, "")
+            arrived = _Serving(job, end, shard, PagedKV(CONFIG.layout(job.size), pool), source, pages).serve(store)
+        return Outcome(used=port, engine=choice.engine, arrived=arrived)
 
 
 def _source(job: Job, store: Store) -> tuple[int, PrefillReplica]:
@@ -44,8 +46,7 @@ def _source(job: Job, store: Store) -> tuple[int, PrefillReplica]:
     with RegistryClient(job.addresses[0], port, token=job.token, timeout=timeout) as client:
         table = client.wait_ready()
     assert table.topology is not None
-    ranks = {row.key.tp: Address(end_name(row.key), row.host, row.port) for row in table.rows}
-    return port, PrefillReplica(Grid(tp=table.topology.tp), ranks)
+    return port, replica_of(table.topology, table.rows)
 
 
 class _Serving:

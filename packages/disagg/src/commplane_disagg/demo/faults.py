@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from torch.distributed import Store
 
-from commplane.errors import ConfigError
 from commplane_disagg.demo.job import DECODE_NODE, FAULTS, Options
 from commplane_disagg.demo.launch import Process
 from commplane_disagg.demo.network import Node, link
@@ -30,22 +29,9 @@ class Fault:
     """The fault that the options name, as who started the ranks brings it about: call `look` now and then."""
 
     def __init__(self, options: Options, processes: Sequence[Process], nodes: Sequence[Node], store: Store) -> None:
-        """Check that it can be done here.
-
-        Raises:
-            ConfigError: it cannot.
-        """
         self._name, self._processes, self._nodes, self._store = options.fault, processes, nodes, store
         self._happened = False
         self._again: float | None = None
-        if not self._name:
-            return
-        if self._name in ("unplug", "cut") and options.network != "namespaces":
-            raise ConfigError(f"fault {self._name!r} wants network namespaces, a loopback address has no cable")
-        if len(options.prompts) < 2 or options.prefill_tp < 2:
-            raise ConfigError(
-                f"fault {self._name!r} wants two prompts or more, found {len(options.prompts)}, and two prefill ranks"
-            )
 
     def look(self) -> str | None:
         """Bring it about if it is time: what was done, once."""

@@ -31,7 +31,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         tokens: new tokens of each.
         prefill_tp: ranks, dealt over two nodes.
         decode_tp: ranks, all on the third node.
-        engine: name of the transfer engine; "" takes ``tcp`` between namespaces and ``shm`` on loopback.
+        engine: name of the transfer engine; "" takes ``shm`` where every rank can map the others' memory, else ``tcp``.
         port_sync: False registers as upstream did, each node at its own port.
         network: ``"namespaces"`` or ``"loopback"``.
         mbit: what each prefill node may send, in megabits a second; 0: not limited. Namespaces only.
@@ -55,13 +55,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("the demo wants at least one prompt, and none that is empty")
         if self.fault and self.fault not in FAULTS:
             raise ConfigError(f"no fault {self.fault!r}: wanted one of {', '.join(FAULTS)}")
+        if self.fault in ("unplug", "cut") and self.network != "namespaces":
+            raise ConfigError(f"fault {self.fault!r} wants network namespaces, a loopback address has no cable")
+        if self.mbit and self.network != "namespaces":
+            raise ConfigError("--mbit wants network namespaces, a loopback address has no link")
+        if self.fault and (len(self.prompts) < 2 or self.prefill_tp < 2):
+            raise ConfigError(
+                f"fault {self.fault!r} wants two prompts and two prefill ranks, found {len(self.prompts)} and {self.prefill_tp}"
+            )
         if self.tokens < 1 or self.timeout <= 0 or min(self.prefill_tp, self.decode_tp) < 1:
             raise ConfigError("the demo wants at least one token and one rank on each side, and a timeout above 0")
-
-    @property
-    def engine_name(self) -> str:
-        """Of the engine that is used."""
-        return self.engine or ("tcp" if self.network == "namespaces" else "shm")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +127,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         message: its text.
         bound: port that its node had bound for a registry, 0 for none.
         used: port at which it looked for the registry.
+        engine: that was agreed on.
+        refused: the engines before it, and why not these.
         sent: by room, on prefill.
         arrived: by room, on decode.
     """
@@ -132,6 +137,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
     bound: int = 0
     used: int = 0
+    engine: str = ""
+    refused: dict[str, str] = {}
     sent: dict[int, Sent] = {}
     arrived: dict[int, Arrived] = {}
 

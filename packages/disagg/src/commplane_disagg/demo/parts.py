@@ -69,9 +69,12 @@ def layout(rank: int, size: int, pages: int) -> KvLayout:
     )
 
 
-def arguments(job: Job, plane: commplane.Plane, pages: int) -> dict[str, Any]:
-    """What both kinds of ends are made with."""
-    name = job.options.engine_name
+def arguments(job: Job, plane: commplane.Plane, pages: int, name: str) -> dict[str, Any]:
+    """What both kinds of ends are made with; `name` is that of the engine.
+
+    Raises:
+        ConfigError: no plugin has an engine of that name.
+    """
     registered = plane.plugins.registered(TransferSpec)
     if name not in registered:
         raise ConfigError(f"no transfer engine {name!r}: wanted one of {', '.join(registered)}")

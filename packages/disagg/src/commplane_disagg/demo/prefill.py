@@ -8,16 +8,17 @@ from collections import deque
 from torch.distributed import Store
 
 from commplane.demo import PagedKV, Transformer
+from commplane_disagg.demo.choice import engine_for
 from commplane_disagg.demo.faults import DONE
 from commplane_disagg.demo.job import Job, Outcome, Sent, node_of
 from commplane_disagg.demo.parts import CONFIG, arguments, meet, model, told
 from commplane_disagg.demo.unsynced import join_unsynced
-from commplane_disagg.ends import PrefillEnd, Report
+from commplane_disagg.ends import PrefillEnd, Report, row_of
 from commplane_disagg.port import BoundSocket, bind_listener
 from commplane_disagg.registry import join
-from commplane_disagg.wire import Coordinate, EngineOffer, Row, Topology
+from commplane_disagg.wire import Coordinate, Topology
 
-__all__ = ["READY", "REGISTRY", "end_name", "run", "topology"]
+__all__ = ["READY", "REGISTRY", "run", "topology"]
 
 REGISTRY = "registry"
 """Key of the store under which the port is that the decode side is given, as its users or its router are."""
@@ -27,11 +28,6 @@ READY = "decode is ready"
 
 _AT_ONCE = 3
 """Prompts of the greatest length that the pool has room for: later ones wait until pages come back."""
-
-
-def end_name(key: Coordinate) -> str:
-    """Of the end of a prefill rank."""
-    return f"prefill/{key}"
 
 
 def topology(size: int) -> Topology:
@@ -55,16 +51,10 @@ def run(job: Job) -> Outcome:
         bound, here = _bind(job, store)
         if job.rank == 0:
             store.set(REGISTRY, str(here))
-        key = Coordinate(tp=job.rank)
-        with PrefillEnd(name=end_name(key), **arguments(job, plane, pages)) as end:
+        key, choice = Coordinate(tp=job.rank), engine_for(job, store)
+        with PrefillEnd(name=f"prefill/{key}", **arguments(job, plane, pages, choice.engine)) as end:
             pool = end.open()
-            row = Row(
-                key=key,
-                host=job.host,
-                port=end.port,
-                instance=end.identity.instance,
-                engines=(EngineOffer(end.card.engine, end.card.metadata),),
-            )
+            row = row_of(end, key)
             common = {"registry_host": job.addresses[0], "bound": bound, "token": job.token, "timeout": job.options.timeout}
             if job.options.port_sync:
                 nodes = len({node_of(job.side, r, job.size) for r in range(job.size)})
@@ -85,7 +75,7 @@ def run(job: Job) -> Outcome:
                     serving.compute(room)
                 serving.drain()
                 plane.gather("done", what="the end of the demo")  # the registry stays until all ranks are done
-            return Outcome(bound=here, used=member.port, sent=serving.sent)
+            return Outcome(bound=here, used=member.port, engine=choice.engine, refused=dict(choice.refused), sent=serving.sent)
 
 
 def _bind(job: Job, store: Store) -> tuple[BoundSocket | None, int]:

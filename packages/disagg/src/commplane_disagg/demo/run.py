@@ -108,7 +108,8 @@ def _conclude(options: Options, processes: Sequence[Process], outcomes: Sequence
     bound = dict.fromkeys(f"{process.job.host}:{outcome.bound}" for process, outcome in zip(processes, prefill, strict=False))
     used = {outcome.used for outcome in outcomes}
     _say(f"bound: {', '.join(bound)}; used by all ranks: {processes[0].job.host}:{', '.join(map(str, sorted(used)))}")
-    _say(f"engine: {options.engine_name}; prefill tp {options.prefill_tp}, decode tp {options.decode_tp}\n")
+    why = "".join(f" (not {name}: {reason})" for name, reason in prefill[0].refused.items())
+    _say(f"engine: {prefill[0].engine}{why}; prefill tp {options.prefill_tp}, decode tp {options.decode_tp}\n")
     wrong = differences(prefill, decode, expected(processes[0].job.prompts, options.tokens, options.decode_tp))
     for line in table(options, prefill, decode, wrong):
         _say(line)
