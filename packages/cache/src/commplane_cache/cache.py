@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from commplane.api import Agreed, PageStore, SyncRound
-from commplane.errors import CommplaneError, ConfigError
+from commplane.errors import CommplaneError, CommunicatorError, ConfigError
 from commplane_cache.agreed import ENDED, FREE, GOOD, LEVEL, PAGES, STOP, vector
 from commplane_cache.audit import audit
 from commplane_cache.metrics import Counters
@@ -142,7 +142,12 @@ class PrefixCache:
         """
         if not self.options.pipelined:
             values = self._votes()
-            return self._apply(self._rounds.step(values, digest=self._journal.digest))
+            try:
+                agreed = self._rounds.step(values, digest=self._journal.digest)
+            except CommunicatorError as error:
+                self._add_decisions(error)
+                raise
+            return self._apply(agreed)
         drained = self.result() if self._out else Drained()
         self.issue()
         return drained
@@ -158,9 +163,19 @@ class PrefixCache:
         """Do what all agreed on in the round that `issue` sent: the second half of `step`. Collective. Raises as `step`."""
         if not self._out:
             raise CommplaneError("cache: no round is out: issue one before its result is read")
-        agreed = self._rounds.result()
+        try:
+            agreed = self._rounds.result()
+        except CommunicatorError as error:
+            self._add_decisions(error)
+            raise
         self._out = False
         return self._apply(agreed)
+
+    def _add_decisions(self, error: CommunicatorError) -> None:
+        """The last decisions as a note of `error`, where Python has notes: what to compare between the logs of ranks."""
+        if hasattr(error, "add_note"):
+            last = "; ".join(f"{d.number} {d.what} {d.numbers}" for d in self.decisions()[-8:])
+            error.add_note(f"the cache's last decisions, after {self._journal.step} rounds: {last or 'none'}")
 
     def _votes(self) -> dict[str, Sequence[int]]:
         residency, prefetches = self._residency, self._prefetches
