@@ -43,11 +43,11 @@ class End:
         assert self._made is not None, f"{self.name} was not opened"
         return self._made
 
-    def open(self, name: str, options: Mapping[str, Any], timeout: float) -> None:
+    def open(self, name: str, options: Mapping[str, Any], timeout: float, host: str) -> None:
         """A new engine, open."""
         self.name = name
         self._made = load(self._factory)()
-        self.engine.open(TransferContext(self.name, timeout=timeout, options=options))
+        self.engine.open(TransferContext(self.name, host=host, timeout=timeout, options=options))
 
     def take_pool(self, nbytes: int, own: bool = False) -> bytes:
         """Register zeroed memory, of the engine's or of this end's own: the metadata."""
@@ -195,7 +195,8 @@ class End:
                 found.add(f"/dev/shm/{path_of}")
         for line in Path("/proc/self/net/unix").read_text().splitlines()[1:]:
             words = line.split(maxsplit=7)
-            if len(words) == 8 and words[6] in inodes:
+            # Not those that the kernel made up for a socket that has to have one.
+            if len(words) == 8 and words[6] in inodes and not re.fullmatch(r"@[0-9a-f]{5}", words[7]):
                 found.add(words[7])
         return sorted(found)
 

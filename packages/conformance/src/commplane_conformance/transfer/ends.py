@@ -84,9 +84,9 @@ class Remote:
             return f"; it wrote:\n{text}" if text else ""
         return ""
 
-    def open(self, timeout: float, options: Mapping[str, Any] | None = None) -> None:
+    def open(self, timeout: float, options: Mapping[str, Any] | None = None, host: str = "127.0.0.1") -> None:
         """A new engine over there."""
-        self.do("open", self.name, {**self._subject.options, **(options or {})}, timeout)
+        self.do("open", self.name, {**self._subject.options, **(options or {})}, timeout, host)
 
     def take_pool(self, nbytes: int, own: bool = False) -> None:
         """Memory for it."""

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from commplane_conformance.marks import clause
+from commplane_conformance.marks import clause, needs
 from commplane_conformance.provider import EngineSubject
 from commplane_conformance.transfer.ends import Ends
 
@@ -40,6 +40,19 @@ def expected(before: bytes, source: bytes, local: list[int], remote: list[int], 
     for start, to, size in zip(local, remote, sizes, strict=True):
         out[to : to + size] = source[start : start + size]
     return bytes(out)
+
+
+@clause("T1")
+@needs("network")
+@pytest.mark.timeout(120)
+def test_a_reader_at_another_address(ends: Ends) -> None:
+    writer, reader = ends.get(MIB), ends.process()
+    reader.open(30.0, host="127.0.0.2")
+    reader.take_pool(MIB)
+    writer.do("fill", 2)
+    writer.connect(reader)
+    assert writer.do("move", reader.name, [0], [0], MIB) is None
+    assert reader.do("digest") == writer.do("digest")
 
 
 @clause("T1")

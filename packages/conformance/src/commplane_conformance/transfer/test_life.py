@@ -22,7 +22,7 @@ def test_a_cancelled_ticket_ends_once(ends: Ends) -> None:
     for ticket in tickets[::2]:
         writer.do("cancel", ticket)
         writer.do("cancel", ticket)
-    found = writer.do("ends", tickets, 60.0)
+    found = writer.do("ends", tickets, 20.0)
     assert {found[t] for t in tickets[1::2]} == {None}
     for ticket in tickets:
         writer.do("cancel", ticket)  # has ended
