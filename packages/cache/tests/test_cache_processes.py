@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from cache_jobs import SHAPE, WITHOUT, cache, job, passes_of, serving, start
+from torch.distributed import TCPStore
 
+from commplane.errors import CommplaneError, PeerError
 from commplane.testing import shm_leftovers
 from commplane_cache.demo.job import PassJob
 from commplane_cache.demo.launch import Ranks
 from commplane_cache.demo.report import differences
+from commplane_cache.demo.serve import serve
 
 
 @pytest.mark.timeout(150)
@@ -73,3 +77,21 @@ def test_when_a_rank_is_killed_the_others_end_and_name_it(tmp_path, pipelined):
         assert e.returncode == 1, e.line() + e.log[-2000:]
         assert e.said["error"] == "PeerError" and e.said["missing"] == [3], e.line()
     assert shm_leftovers() <= before
+
+
+@pytest.mark.timeout(60)
+def test_a_store_that_one_rank_cannot_open_ends_all_ranks_and_names_it(tmp_path):
+    (tmp_path / "storage-1").write_text("not a folder")
+    one = PassJob("with the cache", cache(tmp_path, timeout=10.0))
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def run(rank):
+        try:
+            return serve(job([one], tp=1, cp=2, rank=rank, world_size=2, port=meeting.port))
+        except CommplaneError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as threads:  # two ranks in one process: nobody is killed here
+        waiting, failing = threads.map(run, range(2))
+    assert isinstance(failing, CommplaneError) and "storage-1" in str(failing)
+    assert isinstance(waiting, PeerError) and waiting.missing_ranks == (1,)
