@@ -9,7 +9,6 @@ import pytest
 from honest_engine import CAUGHT_BY
 from kit_run import Kit
 
-
 QUICK = ("WritesBeside", "TellsTwice", "WritesWhatIsInside")
 
 

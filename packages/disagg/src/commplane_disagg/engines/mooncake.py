@@ -1,8 +1,9 @@
 """The engine ``mooncake``: Mooncake's transfer engine over TCP or RDMA, peers found by address without a metadata server.
 
 Its calls block until the bytes are written or it gives up, which for a stopped peer takes as long as Mooncake likes: the peer's
-worker waits for that, the ticket does not. Mooncake itself forgets nothing of a failed peer, but one that was started again has
-another port and so is another peer to it.
+worker waits for that, the ticket does not. Over TCP a stopped peer also holds up the first transfer to any other (0.3.13), so
+each peer gets a Mooncake of its own to write with; over RDMA, where memory is pinned for each, all share one. Mooncake forgets
+nothing of a failed peer, but one that was started again has another port and so is another peer to it.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Mooncake(PoolEngine):
         super().__init__()
         self._native: Any = None
         self._session = ""
+        self._is_shared = False
+        self._start_native: Callable[[], Any] = lambda: None
         self._peers: dict[str, tuple[PeerWorker, MooncakeMetadata]] = {}
 
     def open(self, context: TransferContext) -> None:
@@ -75,12 +78,9 @@ class Mooncake(PoolEngine):
         try:
             protocol = option(context, self.name, "protocol", "tcp")
             devices = option(context, self.name, "devices", "")
-            native = load_mooncake().TransferEngine()
-            if native.initialize(context.host, "P2PHANDSHAKE", protocol, devices) != 0:
-                raise CommplaneError(
-                    f"engine 'mooncake' of {context.name!r} cannot start with protocol {protocol!r} at {context.host!r}; its log "
-                    f"says why"
-                )
+            self._is_shared = protocol != "tcp"
+            self._start_native = lambda: self._new(protocol, devices)
+            native = self._start_native()
         except CommplaneError:
             self._context = None
             raise
@@ -88,13 +88,28 @@ class Mooncake(PoolEngine):
         host = f"[{context.host}]" if ":" in context.host else context.host
         self._session = f"{host}:{native.get_rpc_port()}"
 
+    def _new(self, protocol: str, devices: str) -> Any:
+        native = load_mooncake().TransferEngine()
+        if native.initialize(self.context.host, "P2PHANDSHAKE", protocol, devices) != 0:
+            raise CommplaneError(
+                f"engine 'mooncake' of {self.context.name!r} cannot start with protocol {protocol!r} at {self.context.host!r}; "
+                f"its log says why"
+            )
+        return native
+
     def register(self, pool: memoryview) -> None:
         """With Mooncake."""
         super().register(pool)
-        if self._native.register_memory(address_of(self.pool), self.pool.nbytes) != 0:
+        try:
+            self._register_with(self._native)
+        except CommplaneError:
             self._pool = None
+            raise
+
+    def _register_with(self, native: Any) -> None:
+        if native.register_memory(address_of(self.pool), self.pool.nbytes) != 0:
             raise CommplaneError(
-                f"engine 'mooncake' of {self.context.name!r} cannot register {pool.nbytes} bytes; its log says why"
+                f"engine 'mooncake' of {self.context.name!r} cannot register {self.pool.nbytes} bytes; its log says why"
             )
 
     def metadata(self) -> bytes:
@@ -112,6 +127,9 @@ class Mooncake(PoolEngine):
             self.disconnect(peer)
         self._ask(peer, found)
         native = self._native
+        if not self._is_shared:
+            native = self._start_native()
+            self._register_with(native)
 
         def move(pieces: Sequence[Piece], _: Callable[[], bool]) -> None:
             here = address_of(self.pool)
