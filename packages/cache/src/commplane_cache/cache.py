@@ -121,6 +121,8 @@ class PrefixCache:
             batch=options.prefetch_batch_pages,
             least=options.prefetch_least_pages,
         )
+        # Ranks with other settings, or without storage, would come to other decisions some time: their first round says so.
+        journal.mix(options.digest(), host is not None, store is not None)
         self._through = options.write == "write_through"
         self._selective = options.selective_hits if options.write == "write_through_selective" else 0
         self._voted = (0, 0)

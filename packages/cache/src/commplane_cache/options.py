@@ -1,8 +1,9 @@
-"""Settings of a cache. Equal on all ranks, but for `CacheOptions.writer`."""
+"""Settings of a cache. Equal on all ranks, but for `CacheOptions.writer` and `CacheOptions.decisions`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 
 from commplane.errors import ConfigError
 from commplane_cache.agreed import SLOTS
@@ -48,6 +49,10 @@ class CacheOptions:
     pipelined: bool = False
     writer: bool = True
     decisions: int = 1024
+
+    def digest(self) -> int:
+        """Of everything that must be equal on all ranks."""
+        return zlib.crc32(repr(replace(self, writer=True, decisions=0)).encode())
 
     def __post_init__(self) -> None:
         for what, value, known in (

@@ -11,7 +11,7 @@ from commplane_cache.tree import Node, TokenRun
 __all__ = ["Drained", "Inserted", "Match"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Match:
     """What the cache has of a run. Good until the next step, or for as long as `device_node` or `node` is locked.
 
@@ -42,7 +42,7 @@ class Match:
         return len(self.pages) + self.host
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Inserted:
     """What became of pages that were given to the tree.
 
