@@ -96,8 +96,7 @@ class MooncakeStore(ValuedStore):
 
     def _staging(self) -> _Staging:
         if not hasattr(self._local, "staging"):
-            values = max(1, self.part_bytes // self.page_bytes)
-            self._local.staging = _Staging(self._store, values, self._value_bytes)
+            self._local.staging = _Staging(self._store, self.part_pages, self._value_bytes)
         return self._local.staging  # type: ignore[no-any-return]
 
     def values_there(self, names: Sequence[bytes]) -> Sequence[bool]:

@@ -153,6 +153,11 @@ class ThreadedStore(PageStore):
         elif self._shut_error is not None:
             warnings.warn(f"{self.name}: closing failed: {self._shut_error}", CommplaneWarning, stacklevel=2)
 
+    @property
+    def part_pages(self) -> int:
+        """The most pages of a part."""
+        return max(1, min(self.part_keys, self.part_bytes // self.page_bytes))
+
     # How it works.
 
     def _submit(self, kind: Kind, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
@@ -171,7 +176,7 @@ class ThreadedStore(PageStore):
                 )
             if batch.over:
                 return batch.ticket
-            size = max(1, self.part_bytes // self.page_bytes) if batch.pages else self.part_keys
+            size = self.part_pages if batch.pages else self.part_keys
             starts = range(0, len(batch.keys), size)
             batch.parts_left = len(starts)
         if kind == "exists" and len(batch.keys) <= self.exists_at_once:

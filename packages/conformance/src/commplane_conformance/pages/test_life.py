@@ -31,7 +31,12 @@ def _held() -> tuple[int, int, int]:
     """Descriptors, threads and children of this process."""
     own = Path("/proc/self")
     tasks = list((own / "task").iterdir())
-    children = sum(len((task / "children").read_text().split()) for task in tasks)
+    children = 0
+    for task in tasks:
+        try:
+            children += len((task / "children").read_text().split())
+        except OSError:  # this thread has just ended
+            continue
     return len(list((own / "fd").iterdir())), len(tasks), children
 
 

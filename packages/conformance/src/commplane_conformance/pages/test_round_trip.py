@@ -17,7 +17,8 @@ pytestmark = pytest.mark.timeout(120)
 def test_pages_of_any_size_come_back_byte_for_byte(place: Place, nbytes: int) -> None:
     store = place.open(page_bytes=nbytes, namespace=f"{place.namespace} {nbytes}")
     keys = keys_of("size", 9)
-    assert put(store, keys, nbytes).ok == (True,) * 9
+    done = put(store, keys, nbytes)
+    assert done.ok == (True,) * 9, done.error
     assert get(store, keys, nbytes).ok == (True,) * 9
     assert get(store, keys[::-1], nbytes).ok == (True,) * 9
 
