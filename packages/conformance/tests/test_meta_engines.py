@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 from honest_engine import CAUGHT_BY
 from kit_run import Kit
+
+import commplane_conformance
 
 QUICK = ("WritesBeside", "TellsTwice", "WritesWhatIsInside")
 
@@ -93,3 +96,20 @@ def test_an_expected_failure_of_an_engine(kit: Kit, tmp_path: Path) -> None:
     run = kit("engine_plugins:TellsTwice", "--commplane-expected-failures", str(listed), tests=(argument,), kind="engine")
     assert run.code == 0, run.output
     assert run.outcome(name) == "expected failure"
+
+
+def test_every_test_of_engines_cites_a_clause_that_the_page_has() -> None:
+    kit = Path(commplane_conformance.__file__).parent / "transfer"
+    page = Path(__file__).parents[3] / "docs" / "write-an-engine.md"
+    if not page.is_file():
+        pytest.skip(f"wants the repository's page {page.name}: run it in a checkout")
+    there = set(re.findall(r"\*\*(T\d+)\*\*", page.read_text()))
+    cited = set()
+    for module in sorted(kit.glob("test_*.py")):
+        for node_ in ast.parse(module.read_text()).body:
+            if isinstance(node_, ast.FunctionDef) and node_.name.startswith("test_"):
+                calls = [d for d in node_.decorator_list if isinstance(d, ast.Call) and getattr(d.func, "id", "") == "clause"]
+                clauses = {a.value for call in calls for a in call.args if isinstance(a, ast.Constant)}
+                assert clauses, f"{module.name}::{node_.name} cites no clause"
+                cited |= clauses
+    assert cited == there
