@@ -21,7 +21,8 @@ class _Held:
     Attributes:
         run: its prompt, later with its answer.
         before: pages that the cache had when it was admitted; what is on the host beyond that came from storage.
-        match: what the cache has after the prefetch; locked while `load` is on its way.
+        found: what the cache had after the prefetch.
+        match: what it has now; locked while `load` is on its way.
         load: host to device, on its way.
         node: locked for as long as the request lives.
         shared: pages of the request that are the tree's.
@@ -30,6 +31,7 @@ class _Held:
 
     run: TokenRun
     before: int
+    found: Match | None = None
     match: Match | None = None
     load: Work | None = None
     node: Node | None = None
@@ -70,11 +72,18 @@ class CachedPages:
         if held.match is None:
             if not cache.check_prefetch_progress(request.name):
                 return False
-            held.match = cache.match(held.run, again=True)
+            held.match = held.found = cache.match(held.run, again=True)
             cache.lock(held.match.node)
-            held.load = cache.load_back(held.match) if held.match.host else None
-        if held.load is not None and held.load.agreed is None:
-            return False
+            held.load = cache.load_back(held.match)
+        while held.load is not None:
+            if held.load.agreed is None:
+                return False
+            # What had been on its way for another request may have been but a part: ask for the rest, as long as that helps.
+            now = cache.match(held.run, again=True)
+            cache.lock(now.node)
+            cache.unlock(held.match.node)
+            more, held.match = now.device > held.match.device, now
+            held.load = cache.load_back(now) if more else None
         if held.node is None:
             # A load that failed somewhere, or found no room, leaves less on the device, on all ranks alike: that is computed.
             now = cache.match(held.run, again=True)
@@ -82,7 +91,7 @@ class CachedPages:
             cache.unlock(held.match.node)
             held.node, held.shared = now.device_node, now.device
             request.pages = now.pages.tolist()
-            self._account(request, held, held.match)
+            self._account(request, held)
         own = cache.allocate(-(-request.room // self._page) - held.shared)
         if own is None:
             return False
@@ -90,11 +99,13 @@ class CachedPages:
         request.pages += own.tolist()
         return True
 
-    def _account(self, request: Running, held: _Held, match: Match) -> None:
+    def _account(self, request: Running, held: _Held) -> None:
         """Where the tokens of the prompt come from. At least its last one is computed: what follows it is asked for."""
+        assert held.found is not None
         request.start = min(held.shared * self._page, len(request.prompt) - 1)
-        edges = [min(pages * self._page, request.start) for pages in (match.device, max(match.device, held.before), held.shared)]
-        request.device, request.host, request.storage = edges[0], edges[1] - edges[0], max(0, request.start - edges[1])
+        device, host = held.found.device, max(held.found.device, held.before)
+        edges = [min(pages * self._page, request.start) for pages in (device, host)]
+        request.device, request.host, request.storage = edges[0], edges[1] - edges[0], request.start - edges[1]
 
     def computed(self, request: Running) -> None:
         """Its prompt is computed: others may use the full pages of it from now on."""
