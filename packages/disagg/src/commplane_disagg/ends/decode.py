@@ -165,6 +165,7 @@ class DecodeEnd(End):
                 self._give_up(room)
             else:
                 self._want(room, sender, peer)
+                self._tend(room, self._clock())
 
     def _want(self, room: Room, sender: _Sender, peer: Peer) -> None:
         refusal = self.card.refusal(peer.card)

@@ -55,6 +55,8 @@ class End(ABC):
         beat: seconds after which a quiet end says that it is there.
         silence: seconds without a byte after which a peer's connection is given up. A scheduler that does not call `step` for so
             long is lost to its peers.
+        connect_timeout: seconds that connecting may take, of the channel, which nobody waits for, and of the engine, which the
+            `step` waits for in which the first page goes to a new peer.
         clock: seconds, monotonic.
         has_ended: whether a process of this machine is proved to be gone.
     """
@@ -203,7 +205,9 @@ class End(ABC):
             if peer.away_since is not None and now - peer.away_since >= self._lost_after:
                 self._lost(peer, peer.why)
         for room in list(self.table.rooms.values()):
-            self._tend(room, now)
+            # What goes well moves by events alone, so that a step costs little however many rooms wait.
+            if room.is_failing or now >= self._deadlines[room.key]:
+                self._tend(room, now)
         self.peers.keep(self._needed)
         return self.table.votes()
 
@@ -311,7 +315,7 @@ class End(ABC):
 
     @abstractmethod
     def _progress(self, room: Room) -> None:
-        """Bring a room forward that has not failed here."""
+        """Bring a room forward that has not failed here. Called after everything that may let it move, not in each step."""
 
     @abstractmethod
     def _give_up(self, room: Room) -> None:

@@ -157,6 +157,7 @@ class PrefillEnd(End):
                 self.late += 1
             else:
                 receiver.acked = True
+                self._tend(self.table.rooms[message.room], self._clock())
         elif isinstance(message, Abort):
             self._abort(peer, message)
         else:
@@ -193,6 +194,8 @@ class PrefillEnd(End):
             old.told = old.drained = old.written = False
             if room.is_failing:
                 self._give_up(room)
+            else:
+                self._progress(room)
             return
         if room.is_failing:
             sending.receivers[rank] = _Receiver(peer, want, None)
@@ -290,6 +293,7 @@ class PrefillEnd(End):
                 self._stale.add(receiver.peer.identity.name)
             receiver.unclean = receiver.unclean or not self.quiet
             self._fail(room, Reason.ENGINE, f"to {receiver.peer.identity.name}: {moved.error}")
+        self._tend(room, self._clock())
 
     def _give_up(self, room: Room) -> None:
         sending, key, cause = _sending(room), room.key, room.cause
