@@ -14,7 +14,7 @@ from commplane.errors import CommplaneError, ConfigError
 from commplane.testing import PluginHost, run_processes, run_threads
 from commplane_disagg.port import BoundSocket, bind_listener, sync_bootstrap_port
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)
 
 
 def over_gloo(store: Any, rank: int, world_size: int, nnodes: int | None) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def over_gloo(store: Any, rank: int, world_size: int, nnodes: int | None) -> dic
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("commplane_disagg").addHandler(handler)
     logging.getLogger("commplane_disagg").setLevel(logging.INFO)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=90))
     with bind_listener("127.0.0.1") as bound:
         synced = sync_bootstrap_port(bound.port, nnodes=nnodes)
         answer = {"bound": bound.port, "synced": synced, "log": lines}
@@ -38,9 +38,9 @@ def without_leader(store: Any, rank: int, world_size: int) -> None:
     """Rank 0 never comes to the sync."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=90))
     if rank == 0:
-        store.wait(["rank 1 has given up"], timedelta(seconds=30))
+        store.wait(["rank 1 has given up"], timedelta(seconds=90))
         return
     try:
         sync_bootstrap_port(4000 + rank, nnodes=2, timeout=0.5)
@@ -49,7 +49,7 @@ def without_leader(store: Any, rank: int, world_size: int) -> None:
 
 
 def test_over_torch_distributed_every_rank_gets_the_port_that_rank_0_has_bound_and_says_so_once() -> None:
-    outcomes = run_processes(3, over_gloo, 2, timeout=50)
+    outcomes = run_processes(3, over_gloo, 2, timeout=120)
     answers = [outcome.result for outcome in outcomes]
     assert [outcome.error for outcome in outcomes] == [None] * 3, outcomes
     leaders = answers[0]["bound"]
@@ -62,7 +62,7 @@ def test_over_torch_distributed_every_rank_gets_the_port_that_rank_0_has_bound_a
 
 
 def test_a_leader_that_does_not_come_is_named_at_the_deadline() -> None:
-    outcome = run_processes(2, without_leader, timeout=50)[1]
+    outcome = run_processes(2, without_leader, timeout=120)[1]
     assert outcome.error == "PeerError"
     assert outcome.message.startswith("no bootstrap port came from rank 0 within 0.5 s: ")
 

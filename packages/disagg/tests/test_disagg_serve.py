@@ -48,6 +48,13 @@ def serve() -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
         process.communicate()
 
 
+def stop(process: subprocess.Popen[str]) -> None:
+    """SIGSTOP, and return when every thread has stopped: the signal is not delivered to all of them at once."""
+    process.send_signal(signal.SIGSTOP)
+    threads = Path(f"/proc/{process.pid}/task")
+    eventually(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in threads.iterdir()))
+
+
 def eventually(what: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not what():
@@ -113,7 +120,7 @@ def test_a_stopped_registry_costs_every_call_its_deadline_and_not_more_and_is_us
     process, port = serve(0, "--lease", "2")
     client = RegistryClient("127.0.0.1", port, token=TOKEN, timeout=1.0, attempt=0.4)
     with client, Lease(client, topology(), row(0)) as lease:
-        process.send_signal(signal.SIGSTOP)
+        stop(process)
         calls: list[Callable[[], Any]] = [
             client.table,
             lambda: client.register(topology(), row(1)),
@@ -171,7 +178,7 @@ def test_a_stopped_rank_whose_place_was_taken_finds_out_when_it_wakes(serve: Any
     ):
         assert rank.stdout is not None
         assert rank.stdout.readline() == "here\n"
-        rank.send_signal(signal.SIGSTOP)
+        stop(rank)
         with Lease(client, topology(), row(0, instance="successor")):  # waits for the end of the sleeper's lease
             rank.send_signal(signal.SIGCONT)
             said: list[str] = []

@@ -2,8 +2,9 @@
 
 The registry runs in a process of its own, with authentication. A rank is a connection: this process opens all of them, each sends
 one request that was signed beforehand, as 1,024 ranks on their own machines would, and the time runs from the first connect to
-the last answer. The same through `RegistryClient` in threads shows what that costs where one process does it for many. The
-port sync runs between processes over gloo, each with a port of its own, after a barrier.
+the last answer; beside it, turn by turn, the same requests to an aiohttp that does nothing with them. Through `RegistryClient` in
+threads shows what registering costs where one process does it for many. The port sync runs between processes over gloo, each with
+a port of its own, after a barrier.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ from commplane_disagg.registry.auth import ENVIRONMENT, Signer
 from commplane_disagg.registry.server import allow_many_files
 from commplane_disagg.wire import MSGPACK, ROUTES, Coordinate, EngineOffer, Registration, Row, Topology, encode
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "run", "table"]
 
 _METADATA = 256
 """Bytes of engine metadata in a row: an address, a port and a key; NIXL's is larger, in the kilobytes."""
+
+
+_GROUPS = 30
+"""Groups of each kind that the rounds go through: a registry keeps 64."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,33 +51,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure: seconds, medians over the rounds, with the fastest and slowest of them."""
     token = secrets.token_hex(16).encode()
-    raw: list[float] = []
-    through: list[float] = []
-    tables: list[float] = []
+    kept: dict[str, list[float]] = {"raw": [], "bare": [], "through": [], "table": []}
     allow_many_files()
-    with _serving(token) as port, RegistryClient("127.0.0.1", port, token=token) as client:
-        rows = 0
+    serve = ["commplane_disagg.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--lease", "600"]
+    with (
+        _serving(serve, token) as port,
+        _serving(["commplane_disagg.bench.bare_server"], token) as bare,
+        RegistryClient("127.0.0.1", port, token=token) as client,
+    ):
         for number in range(arguments.rounds + 1):  # the first one warms up
-            flood, threads = f"flood{number % 30}", f"threads{number % 30}"
-            epoch = number // 30
-            seconds = (
-                _flood(port, token, flood, arguments.ranks, epoch),
-                _threads(port, token, threads, arguments.ranks, epoch),
-                _read(client.of(flood), arguments.ranks),
-            )
-            rows = len(client.of(flood).table().rows)
+            flood, threads, epoch = f"flood{number % _GROUPS}", f"threads{number % _GROUPS}", number // _GROUPS
+            seconds = {
+                "raw": _flood(port, token, flood, arguments.ranks, epoch),
+                "bare": _flood(bare, token, flood, arguments.ranks, epoch),
+                "through": _threads(port, token, threads, arguments.ranks, epoch),
+                "table": _read(client.of(flood), arguments.ranks),
+            }
             if number:
-                for kept, value in zip((raw, through, tables), seconds, strict=True):
-                    kept.append(value)
+                for name, value in seconds.items():
+                    kept[name].append(value)
     return {
         "ranks": arguments.ranks,
         "authenticated": True,
-        "register_seconds": _spread(raw),
-        "register_through_client_seconds": _spread(through),
-        "table_rows": rows,
-        "table_read_seconds": _spread(tables),
+        "register_seconds": _spread(kept["raw"]),
+        "bare_aiohttp_seconds": _spread(kept["bare"]),
+        "register_over_bare": statistics.median(one / other for one, other in zip(kept["raw"], kept["bare"], strict=True)),
+        "register_through_client_seconds": _spread(kept["through"]),
+        "table_read_seconds": _spread(kept["table"]),
         "port_sync": _port_sync(arguments.port_ranks, arguments.rounds),
     }
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Lines for a reader."""
+    rows = [
+        (f"{found['ranks']} ranks register, authenticated", found["register_seconds"]),
+        ("  the same requests to a bare aiohttp", found["bare_aiohttp_seconds"]),
+        ("  through RegistryClient, 16 threads", found["register_through_client_seconds"]),
+        ("the whole table, read and decoded", found["table_read_seconds"]),
+        (f"port sync, {found['port_sync']['ranks']} processes", found["port_sync"]["seconds"]),
+    ]
+    lines = [f"{'':42}{'median':>10}{'fastest':>10}{'slowest':>10}   ms"]
+    for text, spread in rows:
+        lines.append(f"{text:42}" + "".join(f"{1e3 * spread[name]:10.2f}" for name in ("median", "min", "max")))
+    lines.append(f"registering costs {found['register_over_bare']:.2f} of what aiohttp alone does")
+    return lines
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -80,16 +103,15 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def _serving(token: bytes) -> Iterator[int]:
-    """A registry in another process: its port."""
-    command = [sys.executable, "-m", "commplane_disagg.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--lease", "600"]
+def _serving(module: list[str], token: bytes) -> Iterator[int]:
+    """A server in another process that prints where it serves: its port."""
     environment = {**os.environ, ENVIRONMENT: token.decode()}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen([sys.executable, "-m", *module], stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line.startswith("serving on "):
-                raise CommplaneError(f"the registry of the bench did not start, it said {line!r}")
+                raise CommplaneError(f"a server of the bench did not start, it said {line!r}")
             yield int(line.split()[2].rpartition(":")[2])
         finally:
             process.terminate()

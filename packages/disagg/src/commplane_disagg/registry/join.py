@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from commplane.errors import CommplaneError
 from commplane_disagg.port import BoundSocket, SyncsBootstrap, sync_bootstrap_port
 from commplane_disagg.registry.client import RegistryClient
 from commplane_disagg.registry.lease import Lease
-from commplane_disagg.registry.server import RegistryServer
 from commplane_disagg.wire import Row, TableView, Topology
+
+if TYPE_CHECKING:
+    from commplane_disagg.registry.server import RegistryServer
 
 __all__ = ["Member", "join"]
 
@@ -93,6 +95,8 @@ def join(
     held: Lease | None = None
     try:
         if bound is not None and (nnodes == 1 or _leads(plane, torch_group)):
+            from commplane_disagg.registry.server import RegistryServer
+
             try:
                 server = RegistryServer(bound, token=token, lease=lease).start()
             except CommplaneError:
