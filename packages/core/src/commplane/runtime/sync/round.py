@@ -218,9 +218,9 @@ class SyncRound:
             if self._out and self._worker.wait(patience):
                 try:
                     self._worker.outcome()
-                except Exception as error:
-                    self._failed(error)
-            if not self._worker.stop(1.0):
+                except Exception as error:  # nobody is going to read this round
+                    self._poison(error)
+            if not self._worker.stop(1.0) and wait:
                 notice(f"{self.who} sync round: closed while a round is out, which some rank never came to", stacklevel=4)
         self._closed, self._out = True, False
         for c in reversed(self._path.communicators):
@@ -236,3 +236,5 @@ class SyncRound:
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
+            if self._worker is not None:
+                self._worker.stop(0.0)
