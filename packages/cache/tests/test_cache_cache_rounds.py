@@ -1,4 +1,4 @@
-"""The cache over core's own rounds, threads as ranks: TP, CP and both, blocking and pipelined; ranks that are missing or differ."""
+"""The cache over core's own rounds, threads as ranks: TP, CP and both, blocking and pipelined; ranks missing or different."""
 
 from __future__ import annotations
 

@@ -233,6 +233,32 @@ def test_more_prefetches_than_slots_wait_in_the_order_of_their_calls():
     assert [group.state(i) for i in range(5)] == [State.REVOKED, *[State.QUERYING] * 2, *[State.QUEUED] * 2]
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_timeout_ends_also_what_never_got_a_slot_in_the_order_in_which_it_was_wanted(pipelined):
+    group = Group(2, prefetch="timeout", prefetch_slots=2, timeout_base=5.0, timeout_per_1024_tokens=0.0, pipelined=pipelined)
+    for i in range(5):
+        group.prefetch(i, [i, *PROMPT])
+    group.check(4)
+    group.clocks = [3.0, 3.0]
+    group.check(2)
+    group.clocks = [7.0, 4.0]
+    group.step(2)
+    assert [group.state(i) for i in (2, 3, 4)] == [State.QUEUED] * 3, "rank 1 would still wait"
+    group.clocks = [7.0, 6.0]
+    group.step(2)
+    assert [group.state(i) for i in (2, 3, 4)] == [State.QUEUED, State.QUEUED, State.REVOKED]
+    group.clocks = [9.0, 9.0]
+    group.step(2)
+    assert [group.check(i) for i in (2, 3, 4)] == [True, False, True]
+    group.end("exists", 0)
+    group.end("exists", 0)
+    group.step(4)
+    assert group.state(3) is State.QUERYING
+    group.end("exists", 0)
+    group.step(4)
+    assert not group.caches[0].busy
+
+
 def test_a_prefetch_takes_no_more_host_pages_than_there_are():
     group = Group(2, host=4, prefetch="wait_complete")
     group.prefetch("a", PROMPT)

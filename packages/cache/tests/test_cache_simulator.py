@@ -51,8 +51,8 @@ def test_a_rank_that_decides_alone_is_found(mistake):
             steps=250,
             seed=seed,
             arrive=0.4,
-            abort=0.2,
-            check_every=10,
+            abort=0.3,
+            check_every=5,
             faults=Faults(delay=6, copy=0.1),
             mistake=MISTAKES[mistake],
         )

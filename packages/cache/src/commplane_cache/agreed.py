@@ -6,7 +6,8 @@ Everything that a rank may find another way than its peers is in here, and only 
     min: free pages on the device and on the host. What a rank has beyond that it does not use.
 ``ended``, ``good``
     min: for copies to the host, copies to the device and writes to storage: how many from the head of the queue have ended, and
-    how many of these, before the first failure, went well.
+    how many of these, before the first failure, went well. ``ended`` has one more: how many of the prefetches that still wait
+    for a slot may end, from the one that was wanted first.
 ``pages``
     min, one a prefetch: the hit (-1: no answer yet) while it queries, then pages read without a gap.
 ``level``
@@ -39,7 +40,7 @@ def cache_sync_spec(slots: int = SLOTS) -> SyncSpec:
         api=(1, 0),
         fields=(
             SyncField("free", Vote.MIN, 2),
-            SyncField("ended", Vote.MIN, 3),
+            SyncField("ended", Vote.MIN, 4),
             SyncField("good", Vote.MIN, 3),
             SyncField("pages", Vote.MIN, slots),
             SyncField("level", Vote.MIN, slots),

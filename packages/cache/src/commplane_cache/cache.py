@@ -126,7 +126,7 @@ class PrefixCache:
         self._through = options.write == "write_through"
         self._selective = options.selective_hits if options.write == "write_through_selective" else 0
         self._voted = (0, 0)
-        self._about: Snapshot = ()
+        self._about = Snapshot()
         self._agreed: Agreed | None = None
         self._out = False
         self._drained = Drained()
@@ -189,7 +189,7 @@ class PrefixCache:
         self._voted = (self._device.free, 0 if self._host is None else self._host.free)
         return {
             FREE: self._voted,
-            ENDED: (writes[0], loads[0], puts[0]),
+            ENDED: (writes[0], loads[0], puts[0], prefetches.vote_impatient()),
             GOOD: (writes[1], loads[1], puts[1]),
             PAGES: pages,
             LEVEL: levels,
@@ -221,7 +221,8 @@ class PrefixCache:
             residency.drain_loads(ended[1], good[1]) if ended[1] else 0,
             residency.drain_puts(ended[2], good[2]) if ended[2] else 0,
         )
-        self._prefetches.apply(self._about, vector(agreed, PAGES), vector(agreed, LEVEL), vector(agreed, STOP))
+        levels, stops = vector(agreed, LEVEL), vector(agreed, STOP)
+        self._prefetches.apply(self._about, vector(agreed, PAGES), levels, stops, ended[3])
         return self._drained
 
     # Prefixes.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from commplane_cache.metrics import Counters
 from commplane_cache.prefetch.policy import PrefetchPolicy
@@ -17,9 +18,14 @@ from commplane_cache.storage import StoreLink
 from commplane_cache.tiers import MOVING
 from commplane_cache.tree import Journal, Node, TokenRun
 
-__all__ = ["PrefetchSlots"]
+__all__ = ["PrefetchSlots", "Snapshot"]
 
-Snapshot = tuple["tuple[Prefetch, State] | None", ...]
+
+class Snapshot(NamedTuple):
+    """What a round's votes are about: the prefetch and its state in each slot, and who waited for one."""
+
+    slots: tuple[tuple[Prefetch, State] | None, ...] = ()
+    impatient: tuple[Prefetch, ...] = ()
 
 
 class PrefetchSlots:
@@ -28,6 +34,7 @@ class PrefetchSlots:
     Attributes:
         slots: what runs; None where a slot is free.
         queue: what waits for a slot, in the order of the calls.
+        impatient: those in the queue whose requests are wanted, in the order in which that was said.
         requests: the prefetch of each request that has not been told its end.
     """
 
@@ -45,6 +52,7 @@ class PrefetchSlots:
     ) -> None:
         self.slots: list[Prefetch | None] = [None] * slots
         self.queue: deque[Prefetch] = deque()
+        self.impatient: list[Prefetch] = []
         self.requests: dict[object, Prefetch] = {}
         self._residency, self._journal, self._counters = residency, journal, counters
         self._link, self._policy, self._batch, self._least = link, policy, batch, least
@@ -77,6 +85,8 @@ class PrefetchSlots:
         prefetch.wanted, prefetch.wanted_at = True, self._policy.now()
         self._journal.note("wanted", prefetch.seq)
         if not self._policy.at_once:
+            if prefetch.state is State.QUEUED:
+                self.impatient.append(prefetch)
             return
         if prefetch.state is State.QUEUED:
             self.queue.remove(prefetch)
@@ -100,13 +110,26 @@ class PrefetchSlots:
             stops.append(c)
         return pages, levels, stops
 
+    def vote_impatient(self) -> int:
+        """How many of `impatient`, from the first on, may end here though they never got a slot."""
+        for i, prefetch in enumerate(self.impatient):
+            if prefetch.stop != DROP and not self._policy.can_end(prefetch.wanted_at, prefetch.run.pages - prefetch.start):
+                return i
+        return len(self.impatient)
+
     def snapshot(self) -> Snapshot:
         """What the votes of now are about: a slot may hold something else, or in another state, when they are agreed."""
-        return tuple(None if p is None else (p, p.state) for p in self.slots) if self._used else ()
+        slots = tuple(None if p is None else (p, p.state) for p in self.slots) if self._used else ()
+        return Snapshot(slots, tuple(self.impatient))
 
-    def apply(self, about: Snapshot, pages: Sequence[int], levels: Sequence[int], stops: Sequence[int]) -> None:
-        """Move all slots by what was agreed."""
-        for i, entry in enumerate(about):
+    def apply(self, about: Snapshot, pages: Sequence[int], levels: Sequence[int], stops: Sequence[int], impatient: int) -> None:
+        """Move all prefetches by what was agreed."""
+        for prefetch in about.impatient[:impatient]:
+            if prefetch.state is State.QUEUED:
+                self.queue.remove(prefetch)
+                self.impatient.remove(prefetch)
+                self._end(prefetch, State.REVOKED)
+        for i, entry in enumerate(about.slots):
             if entry is None:
                 continue
             prefetch, state = entry
@@ -179,6 +202,8 @@ class PrefetchSlots:
         if state is State.REVOKED:
             self._counters.revoked += 1
         self._to(prefetch, state, pages)
+        if prefetch.stop == DROP:  # aborted here before it ended so: nobody will ask for it
+            self.requests.pop(prefetch.request, None)
         if prefetch.anchor is not None:
             prefetch.anchor.pins -= 1
             self._residency.consider(prefetch.anchor)
@@ -203,6 +228,8 @@ class PrefetchSlots:
                 return
             if held is None:
                 prefetch = self.slots[slot] = self.queue.popleft()
+                if prefetch in self.impatient:
+                    self.impatient.remove(prefetch)
                 self._used += 1
                 self._to(prefetch, State.QUERYING, slot)
                 prefetch.query()

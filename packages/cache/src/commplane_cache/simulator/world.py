@@ -57,7 +57,7 @@ class Scenario:
             write=("write_through", "write_through_selective", "write_back")[seed // 3 % 3],
             prefetch=("timeout", "best_effort", "wait_complete")[seed // 9 % 3],
             pipelined=bool(seed // 27 % 2),
-            prefetch_slots=4,
+            prefetch_slots=2,
             prefetch_batch_pages=2,
             timeout_base=1.0,
             timeout_per_1024_tokens=200.0,
@@ -145,6 +145,8 @@ def _come_to_rest(scenario: Scenario, ranks: list[Rank], agree: Callable[[bool],
             break
     for rank in ranks:
         rank.check()
+        if rank.cache._prefetches.requests:
+            raise CommplaneError(f"simulator: at the end rank {rank.number} still remembers prefetches")
         for tier, owned in rank.cache.owned().items():
             if owned["held"] or owned["moving"]:
                 raise CommplaneError(f"simulator: at the end rank {rank.number} has {owned} pages on the {tier}")
