@@ -53,7 +53,7 @@ class Pool:
         free = self.owned[FREE]
         if count > free:
             raise CommplaneError(f"cache {self.name}: {count} pages were to be taken and {free} are free")
-        pages = self._stack[free - count : free].copy()
+        pages: np.ndarray = self._stack[free - count : free].copy()
         self._check(pages, FREE, owner)
         self._owner[pages] = owner
         self.owned[FREE] -= count
