@@ -11,10 +11,10 @@ from commplane_disagg.cli import main
 
 @pytest.mark.timeout(150)
 def test_the_bench_tells_speeds_and_ratios(capsys: pytest.CaptureFixture[str]) -> None:
-    cases = "memcpy,plain socket,shm,tcp"
+    cases = "memcpy;plain socket;shm;tcp"
     assert main(["bench", "engines", "--mib", "2", "--rounds", "2", "--cases", cases, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found["cases"]) == cases.split(",")
+    assert list(found["cases"]) == cases.split(";")
     assert all(value > 0 for row in found["cases"].values() for value in row.values())
     assert [(row["of"], row["to"]) for row in found["ratios"]] == [("shm", "memcpy"), ("tcp", "plain socket")]
 

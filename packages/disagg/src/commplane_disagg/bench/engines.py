@@ -31,6 +31,7 @@ _TARGETS = (
     ("tcp", "bare mooncake", 1.0),
     ("tcp", "bare nixl over tcp", 1.0),
     ("nixl", "bare nixl", 0.9),
+    ("nixl", "bare nixl, spinning", 0.9),
     ("nixl over tcp", "bare nixl over tcp", 0.9),
     ("mooncake", "bare mooncake", 0.9),
 )
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--mib", type=int, default=64, help="size of a pool, of which every transfer moves all (default 64)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count, after one that does not (default 9)")
-    parser.add_argument("--cases", default="", help=f"some of: {', '.join(CASES)} (default all that can be opened here)")
+    parser.add_argument("--cases", default="", help=f"some of: {'; '.join(CASES)} (default all that can be opened here)")
 
 
 @dataclass
@@ -101,10 +102,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         CommplaneError: an unknown case, or one that failed while it was timed.
     """
-    names = [name.strip() for name in arguments.cases.split(",") if name.strip()] or list(CASES)
+    names = [name.strip() for name in arguments.cases.split(";") if name.strip()] or list(CASES)
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        raise CommplaneError(f"bench engines: no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+        raise CommplaneError(f"bench engines: no case {', '.join(unknown)}; there are {'; '.join(CASES)}")
     nbytes = arguments.mib << 20
     pairs: list[_Pair] = []
     absent: dict[str, str] = {}
