@@ -67,6 +67,19 @@ def test_nothing_can_be_moved_between_the_signed_parts() -> None:
             Verifier(TOKEN).check(header, *moved)
 
 
+def test_an_answer_is_taken_only_from_who_has_the_token_and_only_for_its_own_request() -> None:
+    signer, verifier = Signer(TOKEN), Verifier(TOKEN)
+    header, other = signer.header(*REQUEST), signer.header(*REQUEST)
+    answer = (200, "application/msgpack", b"rows")
+    info = verifier.answer(verifier.check(header, *REQUEST), *answer)
+    assert signer.authentic(header, info, *answer)
+    assert not signer.authentic(other, info, *answer)
+    for changed in ((409, *answer[1:]), (200, "application/json", b"rows"), (*answer[:2], b"others")):
+        assert not signer.authentic(header, info, *changed)
+    for made_up in (None, "", info[:-1], Verifier(b"another token of tests").answer("nonce", *answer), "é"):
+        assert not signer.authentic(header, made_up, *answer)
+
+
 def test_another_token_and_another_time_are_refused() -> None:
     with pytest.raises(Refused) as caught:
         Verifier(TOKEN).check(Signer(b"another token of tests").header(*REQUEST), *REQUEST)

@@ -399,6 +399,21 @@ def test_a_recorded_request_cannot_be_sent_again(serve: _Serve) -> None:
     assert (status, json.loads(body)["message"]) == (401, "the request was sent before: each try wants a nonce of its own")
 
 
+def test_who_takes_over_the_port_cannot_make_up_rows(serve: _Serve) -> None:
+    impostor = serve(token=None)
+    with client_of(impostor, token=None) as anybody:
+        anybody.register(topology(tp=1), row(0))
+    with client_of(impostor, timeout=0.5) as client:
+        calls: list[Callable[[], Any]] = [
+            client.table,
+            lambda: client.register(topology(), row(1)),
+            lambda: client.lookup(Coordinate(tp=9)),
+        ]
+        for call in calls:
+            with pytest.raises(PeerError, match="an answer that was not made with the shared token"):
+                call()
+
+
 def test_without_authentication_a_person_with_curl_is_served_in_json(serve: _Serve) -> None:
     server = serve(token=None)
     with client_of(server, token=None) as client:

@@ -25,6 +25,9 @@ _FIRST, _LONGEST = 0.05, 2.0
 """Seconds before the first retry, doubled each time, and at most; each is cut by up to half at random, so that the ranks of a job
 do not all come back at once."""
 
+_UNSIGNED = (401, 413)
+"""Said before the server knows who asks; they end a call, and put nothing in the place of an answer."""
+
 _ANSWER_LIMIT = 256 << 20
 
 
@@ -159,13 +162,18 @@ class RegistryHttp:
             headers = {"Accept": MSGPACK, "Host": self.address}
             if kind:
                 headers["Content-Type"] = kind
-            if self._signer is not None:
-                headers["Authorization"] = self._signer.header(method, path, kind, body)
+            signed = self._signer.header(method, path, kind, body) if self._signer is not None else None
+            if signed is not None:
+                headers["Authorization"] = signed
             connection.request(method, path, body or None, headers)
             response = connection.getresponse()
             data = response.read(_ANSWER_LIMIT + 1)
             if len(data) > _ANSWER_LIMIT:
                 raise http.client.HTTPException(f"an answer of more than {_ANSWER_LIMIT} bytes")
+            if self._signer is not None and signed is not None and response.status not in _UNSIGNED:
+                info, found = response.headers.get("Authentication-Info"), response.headers.get("Content-Type", "")
+                if not self._signer.authentic(signed, info, response.status, found, data):
+                    raise http.client.HTTPException("an answer that was not made with the shared token")
             done = not response.will_close
             return response.status, data
         finally:
