@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 from disagg_held import HeldEngine
-from disagg_sides import KV, Side, fill, layout_of, run_until
+from disagg_sides import KV, TOKEN, Side, fill, layout_of, run_until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
 
 from commplane.errors import CommplaneError, ConfigError, PeerError, UnsupportedOperation
 from commplane.testing import SimulatedRounds
+from commplane_disagg.channel import Channel
+from commplane_disagg.channel import messages as m
 from commplane_disagg.ends import Address, DecodeEnd, KvLayout, PrefillEnd, PrefillReplica
+from commplane_disagg.ends.card import Card, encode_card
+from commplane_disagg.ends.metrics import EndCollector
 from commplane_disagg.ranks import Grid
 from commplane_disagg.rooms import CAPACITY, ROOMS, Status
 from commplane_disagg.rooms.schema import LANES
@@ -334,3 +341,64 @@ def test_an_end_says_what_is_wrong_with_its_own_arguments() -> None:
         KvLayout(pages=2, layers=(0, 1), heads=(0, 2), tokens=2, row=8, strides=(0, 32, 64, 8, 8))
     with pytest.raises(ConfigError, match=r"ranks \[1\] have none"):
         PrefillReplica(P2, {0: Address("p", "h", 1)})
+
+
+def test_metrics_show_rooms_pages_and_what_is_quarantined(pair: Pair) -> None:
+    pair.start()
+    pair.until(pair.held)
+    registry = CollectorRegistry()
+    other = CollectorRegistry()
+    registry.register(EndCollector(pair.p.ends[0]))
+    other.register(EndCollector(pair.d.ends[0]))
+    text = (generate_latest(registry) + generate_latest(other)).decode()
+    assert 'commplane_disagg_rooms{end="decode/0"} 1.0' in text
+    assert 'commplane_disagg_pages_lent{end="prefill/0"} 2.0' in text
+    assert 'commplane_disagg_pages_quarantined{end="decode/0"} 0.0' in text
+    assert 'commplane_disagg_rooms_failed_total{end="decode/0"} 0.0' in text
+
+
+ROOM_NUMBERS = st.integers(0, 9)
+SAID = st.one_of(
+    st.builds(m.Want, ROOM_NUMBERS, st.integers(0, 2), st.integers(0, 2**40), st.lists(st.integers(0, 2**40), max_size=4)),
+    st.builds(m.Ack, ROOM_NUMBERS, st.integers(0, 2)),
+    st.builds(m.Abort, ROOM_NUMBERS, st.integers(0, 2), st.integers(0, 99), st.just("x"), st.text(max_size=9)),
+    st.builds(m.Inquire, st.integers(0, 9), st.integers(0, 9)),
+    st.builds(m.Ended, st.integers(0, 9), st.integers(0, 9)),
+    st.builds(m.Written, ROOM_NUMBERS, st.integers(0, 2)),
+    st.builds(m.Drained, ROOM_NUMBERS, st.integers(0, 2), st.booleans()),
+)
+
+
+@given(
+    said=st.lists(SAID, max_size=12),
+    rank=st.integers(0, 1),
+    grid=st.sampled_from([Grid(tp=2), Grid(tp=4), Grid(tp=2, pp=2)]),
+    card=st.one_of(st.none(), st.binary(max_size=40)),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_peer_says_the_rooms_of_others_go_on(
+    pair: Pair, said: list[m.Message], rank: int, grid: Grid, card: bytes | None
+) -> None:
+    """Room 0 is between `pair`'s ends; the rogue knows the token, has another name, and a card of its own or no readable one."""
+    generation = len(pair.p.results())
+    pair.start(0, generation=generation)
+    pair.until(pair.held)
+    rogue_layout = layout_of(KV, grid, rank)
+    body = (
+        encode_card(Card(side="decode", kv=KV, grid=grid, rank=rank, layout=rogue_layout, engine="shm")) if card is None else card
+    )
+    rogue = Channel("rogue", token=TOKEN, card=body)
+    try:
+        rogue.dial("prefill/0", "127.0.0.1", pair.p.ends[0].port)
+        pair.until(lambda: rogue.poll() or rogue.is_up("prefill/0"))
+        for message in said:
+            rogue.send("prefill/0", message)
+        for _ in range(8):
+            rogue.poll()
+            pair.p.step()
+    finally:
+        rogue.close()
+    for end in pair.p.ends:
+        end.engine.let_go()
+    pair.until(lambda: len(pair.d.results()) == generation + 1 and len(pair.p.results()) >= generation + 1)
+    assert pair.d.results()[-1] == (0, generation, True)

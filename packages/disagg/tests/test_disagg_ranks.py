@@ -126,7 +126,7 @@ def test_what_does_not_divide_is_refused_with_the_numbers(kv: Kv, prefill: Grid,
 def test_ranks_outside_of_a_grid_and_grids_that_contradict_themselves_are_refused() -> None:
     with pytest.raises(ConfigError, match="ranks 0 to 3, found 4"):
         receives(Kv(2, 2), Grid(), Grid(tp=2, pp=2), 4)
-    with pytest.raises(ConfigError, match="at least 1, found 0"):
+    with pytest.raises(ConfigError, match="at least 1 and give at most 65536 ranks, found 0"):
         Grid(tp=0)
     with pytest.raises(ConfigError, match="stages must give the layers of each of 2"):
         Grid(pp=2, stages=(1, 1, 1))

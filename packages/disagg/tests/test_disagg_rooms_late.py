@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from disagg_sides import Side, expect, fill, run_until
 from commplane.errors import CommplaneError
 from commplane_disagg.channel.messages import Abort, Ack, Drained, Failed, Message, Want, Written
 from commplane_disagg.ends import DecodeEnd, PrefillEnd
+from commplane_disagg.ranks import Grid
 from commplane_disagg.rooms import Key, RoomTable, Status
 
 pytestmark = pytest.mark.timeout(60)
@@ -179,6 +181,32 @@ def test_a_fenced_end_shuts_the_writer_out_and_has_its_pages_back(pair: Any) -> 
     assert p.ends[0].engine.calls[-2:] == ["disconnect decode/0", "connect decode/0"]  # after a failure, anew
     p.ends[0].engine.let_go()
     run_until(lambda: d.results()[-1] == (8, 0, True), p, d)
+
+
+def test_an_end_on_the_machine_of_a_dead_one_vouches_for_its_death() -> None:
+    """Decode is elsewhere and cannot look; rank 1 is on the machine of rank 0, which is killed."""
+    p = Side(PrefillEnd, Grid(tp=2), engine=HeldEngine, has_ended=lambda who: who.pid == os.getpid(), **HURRY)
+    d = Side(DecodeEnd, Grid(), engine=HeldEngine, has_ended=lambda _who: False, **HURRY)
+    try:
+        d.ends[0].receive(7, [2], p.source())
+        for end in p.ends:
+            end.open_room(7)
+        run_until(lambda: p.ends[0].status(7) == Status.WAITING, p, d)
+        d.ends[0].abort(7)
+        for link in list(p.ends[0].channel._links):  # a kernel closes what a killed process had open
+            link.sock.close()
+        p.ends[0].channel._listener.close()
+        until = time.monotonic() + 10
+        while not d.released():
+            assert time.monotonic() < until
+            for event in p.ends[1].channel.poll():
+                p.ends[1]._event(event)
+            d.step()
+        assert d.ends[0].stats()["pages_lent"] == 0
+    finally:
+        d.close()
+        p.ends[1].close()
+        p.ends[0].engine.close()
 
 
 def test_the_word_of_who_knows_lifts_the_quarantine_of_a_lost_peer(pair: Any) -> None:

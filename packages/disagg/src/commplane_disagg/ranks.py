@@ -25,6 +25,10 @@ from commplane.errors import ConfigError
 __all__ = ["Grid", "Holding", "Kv", "Piece", "holding", "notified_by", "notifies", "receives", "sends"]
 
 
+_LIMIT = 1 << 16
+"""Ranks of a grid, and layers and heads of a model: what a peer says of itself must not make this end count for ever."""
+
+
 @dataclass(frozen=True)
 class Kv:
     """What a model's KV cache is made of, whatever rank holds it.
@@ -42,8 +46,8 @@ class Kv:
     def __post_init__(self) -> None:
         if self.kind not in ("mha", "mla"):
             raise ConfigError(f"kv: kind must be mha or mla, found {self.kind!r}")
-        if self.layers < 1 or self.heads < 1:
-            raise ConfigError(f"kv: layers and heads must be at least 1, found {self.layers} and {self.heads}")
+        if not (1 <= self.layers <= _LIMIT and 1 <= self.heads <= _LIMIT):
+            raise ConfigError(f"kv: layers and heads must be from 1 to {_LIMIT}, found {self.layers} and {self.heads}")
         if self.kind == "mla" and self.heads != 1:
             raise ConfigError(f"kv: mla has one latent, so heads must be 1, found {self.heads}")
 
@@ -69,8 +73,10 @@ class Grid:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
-        if min(self.tp, self.cp, self.pp) < 1:
-            raise ConfigError(f"grid: tp, cp and pp must be at least 1, found {self.tp}, {self.cp} and {self.pp}")
+        if min(self.tp, self.cp, self.pp) < 1 or self.size > _LIMIT:
+            raise ConfigError(
+                f"grid: tp, cp and pp must be at least 1 and give at most {_LIMIT} ranks, found {self.tp}, {self.cp}, {self.pp}"
+            )
         if self.cp_pages not in ("all", "dealt"):
             raise ConfigError(f"grid: cp_pages must be all or dealt, found {self.cp_pages!r}")
         if self.stages and (len(self.stages) != self.pp or min(self.stages) < 1):

@@ -173,11 +173,14 @@ class PrefillEnd(End):
                 _remember(self._aborted, key, cause)
             self._send(peer, Drained(key.room, key.generation, clean=True))
             return
-        room.fail(cause)
         receiver = self._receiver(peer, key)
         if receiver is None:
             self._send(peer, Drained(key.room, key.generation, clean=True))
-        else:
+            expected = _sending(room).expected
+            if expected is not None and (peer.card.rank not in expected or peer.card.rank in _sending(room).receivers):
+                return  # of another replica that took the same number: not its room to give up
+        room.fail(cause)
+        if receiver is not None:
             receiver.told = True
             receiver.drained = False
         self._give_up(room)
@@ -204,6 +207,9 @@ class PrefillEnd(End):
         try:
             piece = self._piece(sending, peer)
         except CommplaneError as error:
+            if sending.receivers:  # those that are there already do fit
+                self._turn_away(peer, key, self._refusal(str(error)))
+                return
             sending.receivers[rank] = _Receiver(peer, want, None)
             self._fail(room, Reason.REFUSED, str(error))
             return
