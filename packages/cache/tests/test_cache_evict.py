@@ -135,6 +135,34 @@ def test_a_copy_to_the_host_that_fails_on_one_rank_is_given_up_on_all():
     assert group.known(prompt(1)) == (2, 0)
 
 
+class Failing:
+    """A copy that fails on its way."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def query(self):
+        self.asked += 1
+        if self.asked == 3:
+            raise RuntimeError("an illegal memory access was encountered")
+        return False
+
+
+class BrokenLater(FlatCopier):
+    def to_host(self, device, host):
+        return Failing()
+
+
+def test_a_copy_that_fails_on_its_way_on_one_rank_is_given_up_on_all():
+    group = Group(2, copiers=[FlatCopier, BrokenLater])
+    group.serve(prompt(1))
+    group.step(2)
+    assert group.owned("host", "moving") == [2] * 2
+    group.step()
+    assert group.owned("host", "free") == [16] * 2
+    assert group.known(prompt(1)) == (2, 0)
+
+
 def test_a_load_that_fails_on_one_rank_is_given_up_on_all_and_the_host_keeps_its_pages():
     group = Group(2, device=4, write="write_back", copiers=[FlatCopier, BrokenBack])
     group.serve(prompt(1))

@@ -112,7 +112,7 @@ class CopyEvent(Protocol):
     """The end of a copy; ``torch.cuda.Event`` is one."""
 
     def query(self) -> bool:
-        """Whether the copy has ended. Never waits."""
+        """Whether the copy has ended. Never waits; raises where it failed."""
 
 
 class Copier(Protocol):

@@ -47,8 +47,14 @@ class Work:
 
     def ended(self) -> bool:
         """Whether it has ended on this rank."""
-        if self.event is not None and self.event.query():
-            self.end()
+        if self.event is not None:
+            try:
+                over = self.event.query()
+            except Exception as error:  # a copy that failed on its way; the other ranks are told by the vote
+                self.end(f"{type(error).__name__}: {error}")
+            else:
+                if over:
+                    self.end()
         return self._ended
 
 
