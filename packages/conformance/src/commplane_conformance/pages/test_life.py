@@ -12,6 +12,8 @@ from commplane_conformance.pages.book import ends, get, keys_of, page_of, put
 from commplane_conformance.pages.place import Place
 
 pytestmark = pytest.mark.timeout(120)
+SETTLE = 10.0
+"""Seconds that what was held may take to go."""
 
 
 @clause("P15")
@@ -46,7 +48,7 @@ def _is_more(held: tuple[int, int, int], than: tuple[int, int, int]) -> bool:
 
 def _held_once_settled(most: tuple[int, int, int]) -> tuple[int, int, int]:
     """What is held when it is no more than that, or after some seconds: a thread that was joined is still there for a moment."""
-    limit = time.monotonic() + 10.0
+    limit = time.monotonic() + SETTLE
     while _is_more(held := _held(), most) and time.monotonic() < limit:
         time.sleep(0.01)
     return held
