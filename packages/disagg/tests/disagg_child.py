@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,8 @@ LAYOUT = KvLayout.layer_major(pages=16, layers=(0, 2), heads=(0, 2), tokens=16, 
 ENGINES = {
     "shm": ("commplane_disagg.engines.shm:SharedMemory", ("quiet",)),
     "tcp": ("commplane_disagg.engines.tcp:Tcp", ("fenced",)),
+    "nixl": ("commplane_disagg.engines.nixl:Nixl", ()),
+    "mooncake": ("commplane_disagg.engines.mooncake:Mooncake", ()),
 }
 HURRY: dict[str, Any] = {"silence": 1.0, "lost_after": 0.5, "drain_timeout": 0.5, "beat": 0.1, "timeout": 15.0}
 TOKEN = b"a token of the tests"
@@ -235,7 +238,7 @@ def _main(job: dict[str, Any]) -> None:
         for result in report.results:
             say(result=result.room, generation=result.generation, ok=result.ok, error=str(result.error))
         for back in report.released:
-            say(released=back.room, generation=back.generation)
+            say(released=back.room, generation=back.generation, sums=[zlib.crc32(page(pool, n)) for n in back.pages])
         for number, room in end.table.rooms.items():
             if seen.get(number) != room.local:
                 seen[number] = room.local

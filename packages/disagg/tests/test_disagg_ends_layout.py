@@ -41,7 +41,7 @@ def offset(layout: KvLayout, layer: int, part: int, page: int, token: int, head:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_runs_of_bytes_are_those_of_a_copy_row_by_row(data: st.DataObject) -> None:
     tokens, parts = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
     layers = data.draw(st.tuples(st.integers(0, 2), st.integers(1, 3)).map(lambda t: (t[0], t[0] + t[1])))

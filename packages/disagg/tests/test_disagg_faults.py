@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
+import importlib.util
 import signal
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -195,6 +198,36 @@ def test_a_stopped_decode_is_an_error_in_time_and_hears_of_it_when_it_goes_on() 
         here.end.engine.holding = False
         here.end.send(8, [4])
         here.until(lambda: here.results[-1] == (8, 0, True) and child.has_said(result=8, ok=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["nixl", "mooncake"])
+def test_rooms_go_over_an_engine_that_promises_nothing(engine: str) -> None:
+    if importlib.util.find_spec(engine) is None:
+        pytest.skip(f"wants {engine}: pip install 'commplane-disagg[{engine}]'")
+    if engine == "mooncake" and ctypes.util.find_library("ibverbs") is None:
+        pytest.skip("wants libibverbs of the system, which mooncake is linked with")
+    prefill = Child("prefill", engine)
+    decode = None
+    try:
+        wait_for(lambda: prefill.hear(0.1) and prefill.port, lambda: None, 30)
+        decode = Child("decode", engine, peer_port=prefill.port)
+        prefill.tell(do="let go")
+        for room in (1, 2):
+            decode.tell(do="receive", room=room, pages=[3, 1, 6])
+            prefill.tell(do="send", room=room, pages=[room, 8, 9])
+            wait_for(
+                lambda room=room: decode.has_said(released=room) and prefill.has_said(released=room),
+                lambda: prefill.hear(0.01),
+                30,
+            )
+            said = next(s for s in decode.said if s.get("released") == room)
+            assert said["sums"] == [zlib.crc32(contents(number)) for number in (room, 8, 9)]
+            assert decode.has_said(result=room, ok=True) and prefill.has_said(result=room, ok=True)
+    finally:
+        prefill.close()
+        if decode is not None:
+            decode.close()
 
 
 def test_nothing_is_left_of_ends_that_were_killed() -> None:

@@ -43,7 +43,7 @@ def pairs(draw: st.DrawFn) -> tuple[Kv, Grid, Grid]:
 
 
 @given(pairs())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_every_layer_head_and_page_of_a_decode_rank_is_written_exactly_once_by_a_rank_that_holds_it(
     case: tuple[Kv, Grid, Grid],
 ) -> None:
@@ -63,7 +63,7 @@ def test_every_layer_head_and_page_of_a_decode_rank_is_written_exactly_once_by_a
 
 
 @given(pairs())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_both_sides_expect_the_same_messages_and_no_prefill_rank_is_left_out(case: tuple[Kv, Grid, Grid]) -> None:
     kv, prefill, decode = case
     told = {(s, r) for r in range(decode.size) for s in notifies(kv, prefill, decode, r)}
