@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from commplane.errors import CommplaneError
@@ -78,3 +81,12 @@ def test_a_reduction_over_tp_alone_is_found():
 def test_ranks_that_differ_are_named_with_the_decision_in_which_they_do():
     with pytest.raises(CommplaneError, match=r"digests of rank 0 and rank \d differ.*Decision\(number=\d+, step=\d+"):
         simulate(Scenario(ranks=4, steps=400, seed=0, mistake=MISTAKES["own_victims"]), SimulatedRounds)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "code", "said"), [([], 0, "equal on all ranks"), (["--mistake", "own_victims"], 1, "differ")]
+)
+def test_the_command_says_whether_ranks_stayed_equal(mistake, code, said):
+    words = [sys.executable, "-m", "commplane_cache.simulator", "--ranks", "3", "--steps", "200", *mistake]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, said in done.stdout) == (code, True), done.stdout + done.stderr

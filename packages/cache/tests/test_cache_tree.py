@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commplane.errors import CommplaneError, ConfigError
+from commplane_cache.bench.tree import PlainTree, measure, table
 from commplane_cache.keys import page_keys
 from commplane_cache.tree import Journal, RadixTree, TokenRun
 
@@ -190,3 +191,17 @@ def test_the_digest_is_the_same_in_every_process():
     journal.note("new node", 1, 0, zlib.crc32(b"tokens"))
     journal.mix(4, 1, 2)
     assert journal.digest == 2921076256528286642
+
+
+def test_the_bench_measures_trees_that_find_the_same():
+    plain, tree = PlainTree(PAGE), tree_of()
+    draw = random.Random(3)
+    for _ in range(30):
+        tokens = [draw.randrange(2) for _ in range(draw.randrange(24))]
+        assert len(plain.match(tokens)) == tree.peek(TokenRun(tokens, PAGE))
+        plain.insert(tokens, range(8))
+        add(tree, tokens)
+    out = measure(tokens=[64, 128], page_tokens=PAGE, passes=2)
+    assert set(out["lengths"]) == {"64", "128"}
+    assert all(us > 0 for figures in out["lengths"].values() for us in figures.values())
+    assert "plain insert" in table(out)
