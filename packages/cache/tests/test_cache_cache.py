@@ -139,7 +139,7 @@ def test_what_cannot_work_is_refused_when_the_cache_is_made():
         PrefixCache(rounds, 4, host)
     with pytest.raises(ConfigError, match="storage wants a host tier"):
         PrefixCache(rounds, 4, store=SeededStore())
-    for wrong in ({"evict": "random"}, {"write": "never"}, {"prefetch": "always"}, {"page_tokens": 0}):
+    for wrong in ({"evict": "random"}, {"write": "never"}, {"prefetch": "always"}, {"page_tokens": 0}, {"prefetch_slots": 1}):
         with pytest.raises(ConfigError, match="wanted"):
             CacheOptions(**wrong)
     for memory in (bytearray(100), bytes(128), np.zeros((8, 16), np.uint8)[:, ::2]):

@@ -14,6 +14,8 @@ __all__ = ["WRITES", "CacheOptions"]
 
 WRITES = ("write_through", "write_through_selective", "write_back")
 
+_COUNTS = ("page_tokens", "selective_hits", "prefetch_least_pages", "prefetch_batch_pages")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
@@ -28,7 +30,7 @@ class CacheOptions:
         prefetch: when a request stops waiting for its pages from storage: ``best_effort``, ``wait_complete`` or ``timeout``.
         prefetch_least_pages: fewer are not worth a prefetch.
         prefetch_batch_pages: read in one go; between two a prefetch can stop.
-        prefetch_slots: prefetches at a time; the number in the round's spec.
+        prefetch_slots: prefetches at a time, at least two; the number in the round's spec.
         timeout_base, timeout_per_1024_tokens, timeout_most: seconds of the policy ``timeout``, from when a request is wanted.
         pipelined: `step` reads the round that the step before has issued: nobody waits, and what is agreed comes a step later.
         writer: whether this rank writes to storage. Where several ranks hold the same bytes, one of them.
@@ -62,6 +64,7 @@ class CacheOptions:
         ):
             if value not in known:
                 raise ConfigError(f"cache: wanted a {what} of {', '.join(known)}, found {value!r}")
-        for what in ("page_tokens", "selective_hits", "prefetch_least_pages", "prefetch_batch_pages", "prefetch_slots"):
-            if getattr(self, what) < 1:
-                raise ConfigError(f"cache: wanted {what} of at least 1, found {getattr(self, what)}")
+        # Two slots, because a field of a round with one number is no vector.
+        for what, least in (*((name, 1) for name in _COUNTS), ("prefetch_slots", 2)):
+            if getattr(self, what) < least:
+                raise ConfigError(f"cache: wanted {what} of at least {least}, found {getattr(self, what)}")
