@@ -22,7 +22,7 @@ from commplane_disagg.wire import JSON, MSGPACK, EngineOffer, Registration
 
 pytestmark = pytest.mark.timeout(90)
 
-fuzzed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 _PATHS = [
     "/rows",

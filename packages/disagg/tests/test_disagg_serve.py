@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disagg_rows import TOKEN, row, topology
+from disagg_rows import TOKEN, eventually, row, topology
 
 from commplane.errors import PeerError
 from commplane_disagg.cli import main
@@ -53,13 +53,6 @@ def stop(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGSTOP)
     threads = Path(f"/proc/{process.pid}/task")
     eventually(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in threads.iterdir()))
-
-
-def eventually(what: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.02)
 
 
 def test_it_serves_until_it_is_told_to_end(serve: Any) -> None:
@@ -161,7 +154,7 @@ def test_a_rank_that_is_killed_is_out_of_the_table_when_its_lease_ends(serve: An
 
 
 def test_a_stopped_rank_whose_place_was_taken_finds_out_when_it_wakes(serve: Any) -> None:
-    _, port = serve(0, "--lease", "0.6")
+    _, port = serve(0, "--lease", "1")
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from disagg_rows import *; from commplane_disagg.registry import *\n"
         "from commplane.errors import CommplaneError\n"
