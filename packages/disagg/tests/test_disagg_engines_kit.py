@@ -23,7 +23,7 @@ def run_kit(folder: Path, engine: str, *options: str) -> None:
 @pytest.mark.timeout(170)
 @pytest.mark.parametrize("engine", ["shm", "tcp"])
 def test_bytes_arrive(tmp_path: Path, engine: str) -> None:
-    run_kit(tmp_path, engine, "-k", "test_bytes or lost_peer or fenced or reader_has_disconnected")
+    run_kit(tmp_path, engine, "-k", "whole_pool or odd_sizes or both_directions or lost_peer or reader_has_disconnected")
 
 
 @pytest.mark.long

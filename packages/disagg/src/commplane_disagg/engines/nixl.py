@@ -7,6 +7,7 @@ other agent writes, and is called by the threads that wait.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
@@ -197,7 +198,7 @@ class Nixl(PoolEngine):
         with self._lock:
             try:
                 self._writer.release_xfer_handle(handle)
-            except Exception:
+            except Exception:  # its exceptions share no other class
                 # One that is under way to a lost peer cannot be released yet: NIXL does so when its agent goes.
                 handle._released = True
                 self._writer._leaked_xfer_handles.append(handle._handle)
@@ -229,11 +230,10 @@ class Nixl(PoolEngine):
         self._forget(found.agent)
 
     def _forget(self, agent: str) -> None:
-        with self._lock:
-            try:
-                self._writer.remove_remote_agent(agent)
-            except Exception as error:  # NIXL has forgotten one that it saw die
-                self._forgotten = repr(error)
+        native = self._api.nixlBind
+        # NIXL has forgotten one that it never knew well, or saw die.
+        with self._lock, contextlib.suppress(native.nixlNotFoundError, native.nixlRemoteDisconnectError):
+            self._writer.remove_remote_agent(agent)
 
     def close(self) -> None:
         """Both agents end."""

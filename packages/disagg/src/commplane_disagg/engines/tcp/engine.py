@@ -70,7 +70,7 @@ class _Watch:
         with self._lock:
             self._to_forget = (peer, done)  # one at a time: the engine's caller waits
         os.eventfd_write(self._wake, 1)
-        done.wait()
+        done.wait(self._timeout)
 
     def _run(self) -> None:
         tick = min(0.25, self._timeout / 8)

@@ -20,7 +20,7 @@ from commplane_disagg.engines.tcp.receiving import left, tune
 
 __all__ = ["Outgoing", "connect_stream"]
 
-_LEAST_BATCH = 256 << 10
+_LEAST_BATCH = 1 << 20
 _MOST_BATCH = 4 << 20
 
 
