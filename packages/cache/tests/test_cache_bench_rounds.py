@@ -24,7 +24,7 @@ def test_a_short_run_has_every_figure_and_leaves_no_process() -> None:
     steps = {"no round", "pipelined", "blocking", "pipelined over torch"}
     assert {work: set(found) for work, found in out["steps"].items()} == {"torch": steps, "python": steps}
     figures = [f for part in ("rounds", "steps") for group in out[part].values() for f in group.values()]
-    assert all(f["quietest"] > 0 and f["median"] > 0 for f in figures)
+    assert all(set(f) == {"median", "quietest", "cpu"} and min(f.values()) > 0 for f in figures)
     assert "a step of python work on 2 ranks takes" in rounds.table(out)
     assert multiprocessing.active_children() == []
 
