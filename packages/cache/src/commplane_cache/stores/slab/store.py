@@ -42,6 +42,9 @@ class SlabStore(ThreadedStore):
     Options: `path` of a folder; room for `capacity_pages`, or `capacity_bytes`; `sync`: a put is acknowledged when it is on the
     device; `direct`: past the kernel's page cache (O_DIRECT), for stores larger than memory; `reserve`: take the room on the
     device at open; `threads`.
+
+    Pages go between the file and the caller's buffers without a copy, so a batch that is late just while the kernel moves a part of
+    it ends when that call returns.
     """
 
     name = "slab"
