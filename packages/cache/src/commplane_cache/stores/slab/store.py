@@ -43,8 +43,8 @@ class SlabStore(ThreadedStore):
     device; `direct`: past the kernel's page cache (O_DIRECT), for stores larger than memory; `reserve`: take the room on the
     device at open; `threads`.
 
-    Pages go between the file and the caller's buffers without a copy, so a batch that is late just while the kernel moves a part of
-    it ends when that call returns.
+    Pages go between the file and the caller's buffers without a copy, so a batch that is late just while the kernel moves a part
+    of it ends when that call returns.
     """
 
     name = "slab"
