@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 import signal
@@ -156,9 +155,15 @@ def test_any_two_sizes_that_the_heads_can_be_cut_into_serve_each_other(demo: Dem
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["tcp", "nixl", "mooncake"])
 def test_other_engines_bring_the_same_pages(demo: Demo, engine: str) -> None:
-    module = {"nixl": "nixl", "mooncake": "mooncake.engine"}.get(engine)
-    if module is not None and importlib.util.find_spec(module.partition(".")[0]) is None:
-        pytest.skip(f"wants {engine}: pip install commplane-disagg[{engine}]")
+    if engine != "tcp":
+        # In a process of its own, for what a native library may do to this one.
+        module = {"nixl": "nixl._api", "mooncake": "mooncake.engine"}[engine]
+        tried = subprocess.run(
+            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=60, check=False
+        )
+        if tried.returncode:
+            why = tried.stderr.strip().rpartition("\n")[2]
+            pytest.skip(f"wants {engine} and its libraries: pip install 'commplane-disagg[{engine}]' ({why})")
     done = demo("--network", "loopback", "--engine", engine)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"engine: {engine}; " in done.stdout and "2 of 2 rooms" in done.stdout
@@ -207,5 +212,6 @@ def test_what_cannot_be_mended_is_an_error_with_a_name_on_every_rank_in_time(
     }
     for rank, said in ends.items():
         assert len(said) == 1, done.stdout
-        # PeerError: somebody is missing at a deadline. Only who was killed or stopped says nothing.
-        assert ("PeerError" in said[0]) == (rank != silent), done.stdout
+        # Somebody is missing at a deadline, or an engine lost its peer. Only who was killed or stopped says nothing.
+        typed = said[0].startswith((f"{rank}: PeerError: ", f"{rank}: CommplaneError: "))
+        assert typed == (rank != silent), done.stdout

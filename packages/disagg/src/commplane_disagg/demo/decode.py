@@ -31,7 +31,7 @@ def run(job: Job) -> Outcome:
         choice = engine_for(job, store)
         with DecodeEnd(name=f"decode/{job.rank}", **arguments(job, plane, pages, choice.engine)) as end:
             pool = end.open()
-            shard = model(job, plane)
+            shard = model(job, plane.communicator("tp"))
             port, source = _source(job, store)
             if job.rank == 0:
                 store.set(READY, "")

@@ -46,9 +46,8 @@ def told(store: Store, key: str) -> str:
         raise PeerError(f"no rank said {key!r} in time: {str(error).partition(chr(10))[0]}") from error
 
 
-def model(job: Job, plane: commplane.Plane) -> Transformer:
-    """This rank's shard, summed over the communicator ``tp``."""
-    tp = plane.communicator("tp")
+def model(job: Job, tp: commplane.Communicator) -> Transformer:
+    """This rank's shard, summed over the ranks of its side."""
     shard = Transformer(CONFIG, Shard(job.rank, job.size), tp_sum=tp.all_reduce_ if job.size > 1 else None)
     tp.prepare("all_reduce", dtype=torch.float64, max_bytes=shard.message_bytes()[0])
     return shard

@@ -62,14 +62,17 @@ def run(job: Job) -> Outcome:
             else:
                 member = join_unsynced(topology(job.size), row, port=here, leads=job.rank == 0, **common)  # type: ignore[arg-type]
             with member:
-                shard = model(job, plane)
+                tp = plane.communicator("tp")
+                shard = model(job, tp)
                 cache = PagedKV(CONFIG.layout(job.size), pool)
                 told(store, READY)
                 serving = _Serving(job, end, shard, cache, pages)
                 for room in range(len(job.prompts)):
                     if job.options.fault and room == len(job.prompts) - 1:
                         serving.drain()
-                        told(store, DONE)
+                        if job.rank == 0:  # whose node keeps its cable: torch's store waits for ever where one is cut
+                            told(store, DONE)
+                        tp.barrier()
                         if job.options.fault == "registry" and member.server is not None:
                             member.server.close()
                     serving.compute(room)
