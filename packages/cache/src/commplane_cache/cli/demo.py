@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="what people talk about, one sentence a line (default built in)"
     )
-    parser.add_argument("--conversations", type=int, default=10, metavar="N", help="default 10")
+    parser.add_argument("--conversations", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="of each conversation (default 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the stream (default 0)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="for cache.json and cache.png (default out)")
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole demo: 0 only if all answers are the same, in every pass and on every rank, and the cache saved work."""
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError("the demo wants torch, which is not installed: pip install 'commplane-cache[torch]'")
     tp, cp = map(int, arguments.ranks.split("x"))
     shape = Shape(conversations=arguments.conversations, turns=arguments.turns, seed=arguments.seed)
     faults = {rank: kind for kind, rank in (parse_fault(text, tp * cp) for text in arguments.fault)}

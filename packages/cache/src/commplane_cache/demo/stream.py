@@ -32,7 +32,7 @@ class Shape:
         seed: of every choice.
     """
 
-    conversations: int = 10
+    conversations: int = 8
     turns: int = 3
     documents: int = 3
     sentences: int = 4
