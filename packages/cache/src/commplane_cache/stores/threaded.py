@@ -24,6 +24,8 @@ from commplane_cache.stores.options import read_options
 __all__ = ["LONGEST_KEY", "ThreadedStore"]
 
 LONGEST_KEY = 64
+_WORTH_SHARING = 2 << 20
+"""Bytes of a batch from which on all threads get a part of it; waking one costs as much as moving some hundred KiB."""
 
 
 class ThreadedStore(PageStore):
@@ -176,7 +178,7 @@ class ThreadedStore(PageStore):
                 )
             if batch.over:
                 return batch.ticket
-            size = self.part_pages if batch.pages else self.part_keys
+            size = self._part_size(batch)
             starts = range(0, len(batch.keys), size)
             batch.parts_left = len(starts)
         if kind == "exists" and len(batch.keys) <= self.exists_at_once:
@@ -186,6 +188,14 @@ class ThreadedStore(PageStore):
             chosen = range(start, min(start + size, len(batch.keys)))
             self._queue.put(Part(batch, chosen, [], []))
         return batch.ticket
+
+    def _part_size(self, batch: Batch) -> int:
+        if not batch.pages:
+            return self.part_keys
+        count = len(batch.keys)
+        if count * self.page_bytes < _WORTH_SHARING:
+            return self.part_pages
+        return min(self.part_pages, -(-count // len(self._threads)))
 
     def _answer(self, part: Part) -> None:
         if not part.is_over:
