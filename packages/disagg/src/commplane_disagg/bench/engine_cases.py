@@ -11,6 +11,7 @@ import importlib
 import mmap
 import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ from commplane_disagg.engines.specs import SPECS
 __all__ = ["CASES", "end_main"]
 
 _SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
 
 
 class Case(ABC):
@@ -233,6 +235,8 @@ def end_main(pipe: Connection, case: str, nbytes: int, made: Any) -> None:
 
     The first answer is what `Case.read` returned, or None for a writer; or an error, and then the process ends.
     """
+    # Else an end that is stopped would outlive a bench that is killed.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         end = CASES[case]()
         end.pool = end.allocate(nbytes)

@@ -20,7 +20,7 @@ __all__ = ["PeerWorker", "Piece", "Stop"]
 Piece = tuple[int, int, int]
 """Local offset, remote offset, bytes."""
 
-_MOST_BATCH = 8 << 20
+_MOST_BATCH = 16 << 20
 """Bytes handed to the library at once: how far a cancelled transfer still goes, and what has to arrive within the timeout."""
 _MOST_PIECES = 1024
 
