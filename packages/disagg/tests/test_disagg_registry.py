@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -19,6 +20,7 @@ from commplane.errors import AgreementError, CommplaneError, PeerError
 from commplane.testing import run_threads
 from commplane_disagg.port import BoundSocket, bind_listener
 from commplane_disagg.registry import Follower, Lease, RegistryClient, RegistryServer, join
+from commplane_disagg.registry.service import Service
 from commplane_disagg.wire import Coordinate, DpRank, EngineOffer, Tenure
 
 pytestmark = pytest.mark.timeout(60)
@@ -371,3 +373,21 @@ def test_a_server_on_a_socket_that_is_gone_fails_at_start() -> None:
     bound.close()
     with pytest.raises(CommplaneError, match="cannot serve"):
         RegistryServer(bound, token=TOKEN).start()
+
+
+def test_a_server_whose_leases_would_not_end_any_more_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = threading.Event()
+
+    async def fails(_service: Service) -> None:
+        while not served.is_set():
+            await asyncio.sleep(0.01)
+        raise ValueError("found by the test")
+
+    monkeypatch.setattr(Service, "sweep", fails)
+    server = RegistryServer(bind_listener("127.0.0.1"), token=TOKEN).start()
+    assert server.alive
+    served.set()
+    eventually(lambda: not server.alive)
+    with pytest.raises(PeerError), client_of(server, timeout=0.3) as client:
+        client.table()
+    server.close()

@@ -61,6 +61,7 @@ class Routes:
 
     def __init__(self, service: Service, verifier: Verifier | None, body_limit: int) -> None:
         self._service, self._verifier, self._body_limit = service, verifier, body_limit
+        self.spoken: set[object] = set()  # connections that have sent a request; the server forgets closed ones
         self.application = web.Application(middlewares=[self._guard], client_max_size=body_limit)
         group = f"{ROUTES}/groups/{{group}}"
         self.application.add_routes(
@@ -83,6 +84,7 @@ class Routes:
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Read, check, answer: every request passes here, also one for a route that does not exist."""
         begun = time.perf_counter()
+        self.spoken.add(request.protocol)
         response: web.StreamResponse
         nonce: str | None = None
         try:

@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from types import TracebackType
+from typing import Any
 
 from aiohttp import web
 
@@ -132,17 +133,32 @@ class RegistryServer:
             keepalive_timeout=self._idle,
         )
         await runner.setup()
-        sweeper: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[Any]] = []
         try:
             await web.SockSite(runner, self.bound.socket, backlog=4096).start()
-            sweeper = asyncio.create_task(self.service.sweep())
+            forever = (self.service.sweep(), self._close_silent(runner), self._stop.wait())
+            tasks += [asyncio.create_task(each) for each in forever]
             self._serving.set()
-            await self._stop.wait()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # one that failed ends the server: without it leases would not
         finally:
-            if sweeper is not None:
-                sweeper.cancel()
+            for task in tasks:
+                task.cancel()
             self.service.close()
             await runner.cleanup()
+
+    async def _close_silent(self, runner: web.AppRunner) -> None:
+        """Close connections whose first request does not come; aiohttp looks after those that wait for another one."""
+        since: dict[web.RequestHandler, float] = {}
+        while runner.server is not None:
+            await asyncio.sleep(min(5.0, self._idle / 4))
+            now = time.monotonic()
+            since = {connection: since.get(connection, now) for connection in runner.server.connections}
+            self._routes.spoken.intersection_update(since)
+            for connection, begun in since.items():
+                if connection not in self._routes.spoken and now - begun >= self._idle:
+                    connection.force_close()
 
 
 def allow_many_files() -> None:
