@@ -24,6 +24,12 @@ from commplane_cache.demo.serve import serve
 from commplane_cache.tiers import FlatCopier
 
 
+@pytest.fixture(autouse=True)
+def flight_records(monkeypatch, tmp_path_factory):
+    """What ranks leave when something goes wrong is not for the user's own folder."""
+    monkeypatch.setenv("COMMPLANE_FLIGHT_DIR", str(tmp_path_factory.mktemp("flight")))
+
+
 def test_one_rank_computes_less_with_the_cache_and_finds_its_pages_after_a_restart(tmp_path, capfd):
     assert main(["demo", "--ranks", "1x1", "--conversations", "2", "--turns", "2", "--out", str(tmp_path)]) == 0
     said = capfd.readouterr().out

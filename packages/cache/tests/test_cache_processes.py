@@ -19,6 +19,12 @@ from commplane_cache.demo.report import differences
 from commplane_cache.demo.serve import serve
 
 
+@pytest.fixture(autouse=True)
+def flight_records(monkeypatch, tmp_path_factory):
+    """What ranks leave when something goes wrong is not for the user's own folder."""
+    monkeypatch.setenv("COMMPLANE_FLIGHT_DIR", str(tmp_path_factory.mktemp("flight")))
+
+
 @pytest.mark.timeout(150)
 def test_answers_and_agreement_stay_whatever_the_storage_of_one_rank_does(tmp_path):
     before, plain = shm_leftovers(), cache(tmp_path)

@@ -17,6 +17,12 @@ from commplane_cache.demo.storage import store_context
 from commplane_cache.stores.slab import SlabStore
 
 
+@pytest.fixture(autouse=True)
+def flight_records(monkeypatch, tmp_path_factory):
+    """What ranks leave when something goes wrong is not for the user's own folder."""
+    monkeypatch.setenv("COMMPLANE_FLIGHT_DIR", str(tmp_path_factory.mktemp("flight")))
+
+
 def entries(path, word):
     """Key -> checksum, of what a journal says was put or got."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -54,7 +60,8 @@ def test_killed_during_write_back_no_acknowledged_page_is_lost_and_no_damaged_on
     with Ranks(
         [job([PassJob("first", replace(setup, journal=f"{tmp_path}/first-{r}"))], tp=tp, cp=cp) for r in ranks], tmp_path / "run"
     ) as running:
-        serving(tmp_path / "first-0", pages, running)
+        for r in ranks:  # what one of them has not stored none of them uses
+            serving(tmp_path / f"first-{r}", pages, running)
         running.kill()
     setup = replace(setup, fault="")
     acknowledged = [entries(tmp_path / f"first-{r}", "put") for r in ranks]

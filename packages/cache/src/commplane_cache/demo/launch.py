@@ -92,6 +92,7 @@ class Ranks:
                             stdin=subprocess.DEVNULL,
                             stdout=log,
                             stderr=None if loud else log,
+                            start_new_session=True,  # Ctrl-C is this process's business
                         )
                     )
         except BaseException:
