@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import selectors
 import socket
@@ -15,6 +16,10 @@ from commplane_disagg.channel.link import Link, Stage
 from commplane_disagg.channel.process import identity
 
 __all__ = ["Channel", "Down", "Event", "Said", "Up", "bind"]
+
+
+_ACCEPTS = 128
+"""Connections that one `poll` takes at most."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Channel:
         silence: seconds without a byte after which a connection is given up. An end that is not polled for so long is lost to its
             peers.
         handshake: seconds that connecting may take, and the introduction again.
-        strangers: accepted connections that may be in their introduction at a time; the oldest has to go for a new one.
+        strangers: accepted connections that may be in their introduction at a time; an old one has to go for a new one.
         clock: seconds, monotonic.
     """
 
@@ -176,12 +181,15 @@ class Channel:
         self._reap(events)
         for link in self._links:
             flags = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.wants_to_write else 0)
-            if self._selector.get_key(link.sock).events != flags:
+            if link.watched != flags:
                 self._selector.modify(link.sock, flags, link)
+                link.watched = flags
         for key, flags in self._selector.select(timeout):
             now = self._clock()
             if key.data is None:
-                self._accept(now)
+                for _ in range(_ACCEPTS):
+                    if not self._accept(now):
+                        break
                 continue
             link = key.data
             if flags & selectors.EVENT_WRITE and link.stage is not Stage.CLOSED:
@@ -229,25 +237,32 @@ class Channel:
             link = Link(sock, mine=self.identity, card=self.card, token=self._token, now=now, wanted=name)
             target.link = link
             self._links.add(link)
-            self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
-            if failed not in (0, 11, 115):  # EAGAIN, EINPROGRESS
+            self._selector.register(sock, link.watched, link)
+            if failed not in (0, errno.EAGAIN, errno.EINPROGRESS):
                 link.close(f"connect failed with error {failed}")
 
-    def _accept(self, now: float) -> None:
+    def _accept(self, now: float) -> bool:
+        """Take one connection that waits; False if there is none."""
         assert self._listener is not None
+        pending = [x for x in self._links if x.wanted is None and x.peer is None and x.stage is not Stage.CLOSED]
+        oldest = min(pending, key=lambda x: x.born) if len(pending) >= self._strangers else None
+        if oldest is not None and now - oldest.born < self._handshake / 5:
+            return False  # it may be about to speak: who comes now waits in the backlog
         try:
             sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return False
         except OSError as error:
             self.refused.append(f"accept: {error}")
-            return
+            return False
+        if oldest is not None:
+            oldest.close("too many connections have not introduced themselves")
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        pending = [x for x in self._links if x.wanted is None and x.peer is None and x.stage is not Stage.CLOSED]
-        if len(pending) >= self._strangers:
-            min(pending, key=lambda x: x.born).close("too many connections have not introduced themselves")
         link = Link(sock, mine=self.identity, card=self.card, token=self._token, now=now)
         self._links.add(link)
-        self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
+        self._selector.register(sock, link.watched, link)
+        return True
 
     def _arrived(self, link: Link, events: list[Event]) -> None:
         """A link came up: it takes the place of an older one of the same name."""

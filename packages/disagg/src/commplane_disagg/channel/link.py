@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import selectors
 import socket
 from collections import deque
 
@@ -46,6 +47,7 @@ class Link:
         said: when the last message was sent.
         why: it was closed, or "".
         ended: the peer said that it is closed for good.
+        watched: what its channel's selector looks for.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Link:
         self.born = self.heard = self.said = now
         self.why = ""
         self.ended = False
+        self.watched = selectors.EVENT_READ | selectors.EVENT_WRITE
         self.stage = Stage.HANDSHAKE if wanted is None else Stage.CONNECTING
         self._mine, self._my_card, self._token = m.encode_identity(mine), card, token
         self._reader = FrameReader(STRANGER_LIMIT)
