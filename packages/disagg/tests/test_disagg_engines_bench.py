@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,10 +11,11 @@ from commplane_disagg.cli import main
 
 
 @pytest.mark.timeout(150)
-def test_the_bench_tells_speeds_and_ratios(capsys: pytest.CaptureFixture[str]) -> None:
-    cases = "memcpy;plain socket;shm;tcp"
-    assert main(["bench", "engines", "--mib", "2", "--rounds", "2", "--cases", cases, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+def test_the_bench_tells_speeds_and_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases, out = "memcpy;plain socket;shm;tcp", tmp_path / "out.json"
+    assert main(["bench", "engines", "--mib", "2", "--rounds", "2", "--cases", cases, "--json", str(out)]) == 0
+    found, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert all(case in shown for case in cases.split(";"))
     assert list(found["cases"]) == cases.split(";")
     assert all(value > 0 for row in found["cases"].values() for value in row.values())
     assert [(row["of"], row["to"]) for row in found["ratios"]] == [("shm", "memcpy"), ("tcp", "plain socket")]

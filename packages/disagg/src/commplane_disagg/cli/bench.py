@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from pathlib import Path
 
 __all__ = ["add_arguments", "run"]
 
@@ -13,7 +14,7 @@ _BENCHES = {
     "registry": "registration, the table, and the sync of ports",
 }
 """Name -> one line of help. Module `NAME` of `commplane_disagg.bench` defines ``add_arguments(parser)`` and ``run(arguments)``,
-which returns what JSON has, and may define ``table(found)``, lines for a reader."""
+which returns what JSON has, and ``table(found)``, lines for a reader."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in _BENCHES.items():
         sub = what.add_parser(name, help=text, description=text)
         importlib.import_module(f"commplane_disagg.bench.{name}").add_arguments(sub)
-        sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Measure, print the table, write the JSON that was asked for."""
     module = importlib.import_module(f"commplane_disagg.bench.{arguments.bench}")
     found = module.run(arguments)
-    if arguments.json or not hasattr(module, "table"):
-        print(json.dumps(found, indent=1))
-    else:
-        print("\n".join(module.table(found)))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(module.table(found)))
     return 0
