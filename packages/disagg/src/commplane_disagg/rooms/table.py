@@ -7,11 +7,12 @@ slowest rank has opened it. What stands in a vote for a room:
 ===============  ==============================================
 failed here      negative: the reason, then the rank; MIN takes the greatest reason, of the lowest rank
 going on         this rank's own status, NEW to SUCCESS
-failed for all   DRAINING, QUARANTINED or RELEASED: how far this rank is with giving its pages back
 no room          above all of these
 ===============  ==============================================
 
-The text of a failure is told in the step after it was agreed, by the rank whose reason was taken.
+A room that failed leaves its place at once, so that rooms which nobody answers for hold up no others. The text of its failure is
+told in a step after that, by the rank whose reason was taken; then it is asked about, in turns with others like it, until all
+ranks say that no write of it can land any more.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from commplane.api import Agreed
 from commplane.errors import CommplaneError
-from commplane_disagg.rooms.schema import CAPACITY, LANES, LIFTS, ROOMS, TEXT_WORDS
+from commplane_disagg.rooms.schema import CAPACITY, DRAINS, LANES, LIFTS, ROOMS, TEXT_WORDS
 from commplane_disagg.rooms.state import Cause, Key, Reason, Room, Status
+from commplane_disagg.rooms.turns import Turns
 
 __all__ = ["Change", "RoomTable"]
 
 _FREE = 1 << 20
 _RANKS = 1 << 20
+_DRAINING, _STUCK, _DRAINED = range(3)
 _REMEMBERED = 1 << 16
 
 
@@ -68,8 +72,9 @@ class RoomTable:
         self._queue: deque[Room] = deque()
         self._slots: list[Room | None] = [None] * CAPACITY
         self._untold: deque[tuple[Room, Reason, int]] = deque()
-        self._quarantine: list[Room] = []
-        self._turn = 0
+        self._heard = 0
+        self._draining: Turns[Room] = Turns(DRAINS)
+        self._quarantine: Turns[Room] = Turns(LIFTS)
 
     def open(self, key: Key) -> Room:
         """A new room. Local; every rank of the group opens the same rooms in the same order.
@@ -114,6 +119,10 @@ class RoomTable:
         """Rooms whose pages nobody may use, oldest first; the same on every rank of the group."""
         return tuple(self._quarantine)
 
+    def alone(self) -> tuple[Room, ...]:
+        """Rooms that are open here, and were not on all ranks of the group when it last agreed; oldest first. Local."""
+        return tuple(islice(self._queue, self._heard - self._admitted, None))
+
     def votes(self) -> dict[str, int | Sequence[int]]:
         """What this rank gives to the next sync round. Local."""
         text: list[int] = []
@@ -121,17 +130,20 @@ class RoomTable:
             text += _words(_told(room.cause) if rank == self.rank else "")
         return {
             f"{ROOMS.name}.opened": self._opened,
-            f"{ROOMS.name}.status": [_FREE if room is None else self._word(room) for room in self._slots],
+            f"{ROOMS.name}.status": _padded([_FREE if r is None else self._word(r) for r in self._slots], CAPACITY, _FREE),
             f"{ROOMS.name}.text": text + [0] * (LANES * TEXT_WORDS - len(text)),
-            f"{ROOMS.name}.lift": _padded([int(room.drained) for room in self._window()], LIFTS),
+            f"{ROOMS.name}.drain": _padded([self._drain(room) for room in self._draining.window()], DRAINS),
+            f"{ROOMS.name}.lift": _padded([int(room.drained) for room in self._quarantine.window()], LIFTS),
         }
 
     def settle(self, agreed: Agreed) -> list[Change]:
         """Take in what the round of the last `votes` agreed on. Local, equal on all ranks."""
         changes: list[Change] = []
-        self._tell(_several(agreed[f"{ROOMS.name}.text"]), changes)
+        # In this order, so that each finds the rooms that the votes were about.
         self._lift(_several(agreed[f"{ROOMS.name}.lift"]), changes)
-        for slot, word in enumerate(_several(agreed[f"{ROOMS.name}.status"])):
+        self._drained(_several(agreed[f"{ROOMS.name}.drain"]), changes)
+        self._tell(_several(agreed[f"{ROOMS.name}.text"]), changes)
+        for slot, word in zip(range(len(self._slots)), _several(agreed[f"{ROOMS.name}.status"]), strict=False):
             room = self._slots[slot]
             if room is not None:
                 self._move(slot, room, word, changes)
@@ -141,13 +153,12 @@ class RoomTable:
         return changes
 
     def _word(self, room: Room) -> int:
-        if room.status >= Status.SUCCESS or room.status is Status.FAILED:
-            if room.error is None:  # so that an engine hears of a failure before it has the pages back
-                return Status.DRAINING
-            return Status.RELEASED if room.drained else Status.QUARANTINED if room.stuck else Status.DRAINING
         if room.cause is not None:
             return self.rank - room.cause.reason * _RANKS
         return room.local
+
+    def _drain(self, room: Room) -> int:
+        return _DRAINED if room.drained else _STUCK if room.stuck else _DRAINING
 
     def _move(self, slot: int, room: Room, word: int, changes: list[Change]) -> None:
         if word <= 0:
@@ -157,6 +168,7 @@ class RoomTable:
             if room.cause is None:
                 room.cause = Cause(reason, "", "")
             self._untold.append((room, reason, rank))
+            self._slots[slot] = None
             self.counts["failed"] += 1
             changes.append(Change(room, "failed"))
         elif word < Status.SUCCESS:
@@ -166,17 +178,6 @@ class RoomTable:
             self.counts["success"] += 1
             changes.append(Change(room, "success"))
             self._release(room, changes, ok=True)
-            self._slots[slot] = None
-        elif word == Status.DRAINING:
-            room.status = Status.DRAINING
-        elif word == Status.QUARANTINED:
-            room.status = Status.QUARANTINED
-            self.counts["quarantined"] += 1
-            self._quarantine.append(room)
-            self._slots[slot] = None
-            changes.append(Change(room, "quarantined"))
-        else:
-            self._release(room, changes, ok=False)
             self._slots[slot] = None
 
     def _release(self, room: Room, changes: list[Change], *, ok: bool) -> None:
@@ -190,6 +191,7 @@ class RoomTable:
         changes.append(Change(room, "released"))
 
     def _admit(self, opened: int) -> None:
+        self._heard = opened
         for slot, taken in enumerate(self._slots):
             if self._admitted >= opened:
                 return
@@ -210,21 +212,31 @@ class RoomTable:
             if not room.is_explained:
                 origin, _, told = said.partition(": ")
                 room.cause = Cause(reason, origin or "?", told)
+            # Only now, so that an engine hears of a failure before it has the pages back.
+            room.status = Status.DRAINING
+            self._draining.append(room)
             changes.append(Change(room, "error"))
             self._untold.popleft()
 
-    def _window(self) -> list[Room]:
-        n = len(self._quarantine)
-        return [self._quarantine[(self._turn + i) % n] for i in range(min(n, LIFTS))]
+    def _drained(self, words: Sequence[int], changes: list[Change]) -> None:
+        window = self._draining.window()
+        over = [(room, word) for room, word in zip(window, words, strict=False) if word > _DRAINING]
+        self._draining.turn([room for room, _ in over])
+        for room, word in over:
+            if word == _DRAINED:
+                self._release(room, changes, ok=False)
+            else:
+                room.status = Status.QUARANTINED
+                self.counts["quarantined"] += 1
+                self._quarantine.append(room)
+                changes.append(Change(room, "quarantined"))
 
     def _lift(self, clean: Sequence[int], changes: list[Change]) -> None:
-        window = self._window()
-        lifted = [room for room, ok in zip(window, clean, strict=False) if ok]
+        lifted = [room for room, ok in zip(self._quarantine.window(), clean, strict=False) if ok]
+        self._quarantine.turn(lifted)
         for room in lifted:
-            self._quarantine.remove(room)
             self.counts["lifted"] += 1
             self._release(room, changes, ok=False)
-        self._turn = (self._turn + len(window) - len(lifted)) % max(1, len(self._quarantine))
 
     def _note(self, kind: str, key: Key) -> None:
         line = f"{self.digest} {kind} {key.room} {key.generation}".encode()
@@ -244,8 +256,8 @@ def _text(words: Sequence[int]) -> str:
     return b"".join(int(w).to_bytes(7, "big") for w in words).rstrip(b"\0").decode(errors="replace")
 
 
-def _padded(values: list[int], count: int) -> list[int]:
-    return values + [0] * (count - len(values))
+def _padded(values: list[int], count: int, value: int = 0) -> list[int]:
+    return values + [value] * (count - len(values))
 
 
 def _several(value: Any) -> Sequence[int]:
