@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import struct
@@ -144,6 +145,96 @@ def test_an_append_that_fails_half_way_adds_nothing(tmp_path, monkeypatch):
     assert (b"four", 4, 4) in replayed(path)[0]
 
 
+def test_what_an_append_that_failed_has_left_is_not_found_behind_a_shorter_one(tmp_path, monkeypatch):
+    path = tmp_path / "index"
+    log = Log(path, Header(64), sync=False, who="test")
+    real = os.pwrite
+
+    def full(fd, data, offset):
+        if offset > HEADER_BYTES:
+            raise OSError(28, "No space left on device")
+        return real(fd, data[: 3 * RECORD_BYTES], offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        log.append([put_record(n, b"lost %d" % n, n) for n in range(5)])
+    monkeypatch.undo()
+    log.append([put_record(2, b"kept", 7)])  # one record, where three were whole: the last of them was about slot 2, too
+    found = []
+    log.replay(found.append)
+    log.close()
+    assert found == [Record(2, b"kept", 7)]
+    assert replayed(path) == ({(b"kept", 2, 7)}, 0)
+
+
+def test_a_log_that_could_not_be_cut_is_cut_before_the_next_append(tmp_path, monkeypatch):
+    path = tmp_path / "index"
+    log = Log(path, Header(64), sync=False, who="test")
+    real = os.pwrite
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    def half(fd, data, offset):
+        if offset > HEADER_BYTES:
+            fail()
+        return real(fd, data[: 2 * RECORD_BYTES], offset)
+
+    monkeypatch.setattr(os, "pwrite", half)
+    monkeypatch.setattr(os, "ftruncate", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        log.append([put_record(n, b"lost %d" % n, n) for n in range(3)])
+    monkeypatch.setattr(os, "pwrite", real)
+    with pytest.raises(OSError, match="Input/output error"):  # not added, rather than hidden by what comes after it
+        log.append([put_record(1, b"kept", 7)])
+    monkeypatch.undo()
+    log.append([put_record(1, b"kept", 7)])
+    log.close()
+    assert replayed(path) == ({(b"kept", 1, 7)}, 0)
+
+
+def test_a_log_written_anew_is_the_one_appended_to_also_when_its_folder_cannot_be_synced(tmp_path, monkeypatch):
+    path = tmp_path / "index"
+    log = Log(path, Header(64), sync=False, who="test")
+    real = os.fsync
+
+    def refuse(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(5, "Input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        log.rewrite([(b"one", 1, 1)])
+    monkeypatch.undo()
+    log.append([put_record(2, b"two", 2)])
+    log.close()
+    assert replayed(path) == ({(b"one", 1, 1), (b"two", 2, 2)}, 0)
+
+
+def test_a_log_that_cannot_be_written_anew_goes_on_and_tries_again_later_not_at_each_append(tmp_path, monkeypatch):
+    path = tmp_path / "index"
+    log = Log(path, Header(64), sync=False, who="test")
+    log.append(put_record(1, b"one", n) for n in range(5000))
+    assert log.is_mostly_history(1)
+
+    def refuse(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        log.rewrite([(b"one", 1, 4999)])
+    monkeypatch.undo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["index"]
+    log.append([put_record(2, b"two", 2)])
+    assert not log.is_mostly_history(2)
+    log.append(put_record(1, b"one", n) for n in range(5000))
+    assert log.is_mostly_history(2)
+    log.rewrite([(b"two", 2, 2), (b"one", 1, 4999)])
+    log.close()
+    assert replayed(path) == ({(b"one", 1, 4999), (b"two", 2, 2)}, 0)
+
+
 @pytest.mark.parametrize("content", [b"", b"something else", b"x" * 500, struct.pack("<16s", b"commplane slab 1") + bytes(48)])
 def test_a_file_that_is_no_index_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "index"
@@ -230,6 +321,35 @@ def test_a_slot_file_moves_runs_of_any_length_at_any_address(tmp_path, direct, o
     assert file.read(3, target) == 7
     file.reserve(20)
     assert file.read(12, target[:8]) == 8
+    file.close()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_write_that_stops_half_way_raises_and_one_that_is_short_goes_on(tmp_path, monkeypatch, direct, offset):
+    file = SlotFile(tmp_path / "pages", 2 * DIRECT_ALIGNMENT, direct=direct)
+    if file.refused is not None:
+        file.close()
+        pytest.skip(file.refused)
+    room = memoryview(mmap.mmap(-1, 8 * DIRECT_ALIGNMENT))  # aligned, unlike a bytearray
+    source = [room[offset + n * 2 * DIRECT_ALIGNMENT :][: 2 * DIRECT_ALIGNMENT] for n in range(3)]
+    real, at_once = os.pwritev, 2 if direct and offset else 6
+    for number, page in enumerate(source):
+        page[:] = bytes([number + 1]) * len(page)
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, at: real(fd, [views[0][:DIRECT_ALIGNMENT]], at))
+    file.write(0, source)  # a call that moved less than it was given is no failure
+    monkeypatch.undo()
+    target = pages(3, 2 * DIRECT_ALIGNMENT, offset)
+    assert file.read(0, target) == 3
+    assert target == source
+    for moved in (0, *([512] if direct else [])):  # no disk writes nothing for ever, and O_DIRECT cannot go on from there
+        monkeypatch.setattr(os, "pwritev", lambda fd, views, at, moved=moved: moved)
+        with pytest.raises(
+            OSError,
+            match=f"wanted {at_once * DIRECT_ALIGNMENT} bytes written to slot 0 and on, found {moved} written",
+        ):
+            file.write(0, source)
+        monkeypatch.undo()
     file.close()
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -128,6 +129,56 @@ def test_a_full_disk_is_an_error_of_the_pages_that_did_not_fit(tmp_path):
     assert held == first
     assert all(again)
     assert all(read)
+
+
+def test_a_disk_without_room_for_the_pid_does_not_keep_the_folder_locked(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(CommplaneError, match=r"cannot be opened: .*No space left on device"):
+        opened(tmp_path)
+    assert set(os.listdir("/proc/self/fd")) == before
+    monkeypatch.undo()
+    opened(tmp_path).close()
+
+
+def test_a_warning_that_is_an_error_does_not_keep_the_folder_locked(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CommplaneWarning)
+        with pytest.raises(CommplaneWarning, match="O_DIRECT is not used"):
+            opened(tmp_path, nbytes=5000, direct=True)
+    opened(tmp_path, nbytes=5000).close()
+
+
+def test_other_users_cannot_read_the_pages(tmp_path):
+    store = opened(tmp_path / "slab")
+    assert all(put(store, keys_of("mine", 3), NBYTES).ok)
+    get(store, keys_of("mine", 3), NBYTES)
+    store.close()  # writes the index anew
+    opened(tmp_path / "direct", direct=True, capacity_pages=8).close()
+    for folder in (tmp_path / "slab", tmp_path / "direct"):
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()} == dict.fromkeys(
+            ("index", "lock", "pages"), 0o600
+        )
+
+
+@pytest.mark.parametrize("moved", [0, 512])
+def test_a_page_of_which_the_disk_took_a_part_is_not_acknowledged(tmp_path, monkeypatch, moved):
+    store = opened(tmp_path, direct=True, capacity_pages=8)
+    if store._file.refused is not None:
+        store.close()
+        pytest.skip(store._file.refused)
+    monkeypatch.setattr(os, "pwritev", lambda *_: moved)
+    done = put(store, keys_of("part", 1), NBYTES)
+    monkeypatch.undo()
+    assert done.ok == (False,)
+    assert f"wanted {NBYTES} bytes written to slot 0 and on, found {moved} written" in done.error
+    assert all(put(store, keys_of("part", 1), NBYTES).ok)
+    assert all(get(store, keys_of("part", 1), NBYTES).ok)
+    store.close()
 
 
 def test_room_that_cannot_be_reserved_is_said_at_open(tmp_path):

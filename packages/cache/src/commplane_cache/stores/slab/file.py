@@ -32,14 +32,14 @@ class SlotFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self.refused = self._open_direct(path, flags | os.O_DIRECT) if direct else None
         if not self._direct:
-            self._fd = os.open(path, flags, 0o644)
+            self._fd = os.open(path, flags, 0o600)
 
     def _open_direct(self, path: Path, flags: int) -> str | None:
         if self._page_bytes % DIRECT_ALIGNMENT:
             return f"pages of {self._page_bytes} bytes are no multiple of {DIRECT_ALIGNMENT}"
         fd = -1
         try:
-            fd = os.open(path, flags, 0o644)
+            fd = os.open(path, flags, 0o600)
             os.preadv(fd, [mmap.mmap(-1, DIRECT_ALIGNMENT)], 0)  # some file systems refuse only here
         except OSError as error:
             if fd >= 0:
@@ -55,21 +55,27 @@ class SlotFile:
         if self._direct and not all(map(_is_aligned, pages)):
             for done, page in enumerate(pages):
                 bounce = self._bounce()
-                if self._move(os.preadv, [bounce], first + done) < 1:
+                if self._move(os.preadv, [bounce], first + done) < self._page_bytes:
                     return done
                 page[:] = bounce
             return len(pages)
-        return self._move(os.preadv, pages, first)
+        return self._move(os.preadv, pages, first) // self._page_bytes
 
     def write(self, first: int, pages: Sequence[memoryview]) -> None:
-        """Write pages to neighbouring slots."""
+        """Write pages to neighbouring slots. Raises `OSError` unless all of them are whole in the kernel."""
         if self._direct and not all(map(_is_aligned, pages)):
             for done, page in enumerate(pages):
                 bounce = self._bounce()
                 bounce[:] = page
-                self._move(os.pwritev, [bounce], first + done)
+                self._write_all([bounce], first + done)
         else:
-            self._move(os.pwritev, pages, first)
+            self._write_all(pages, first)
+
+    def _write_all(self, pages: Sequence[memoryview], first: int) -> None:
+        wanted = len(pages) * self._page_bytes
+        found = self._move(os.pwritev, pages, first)
+        if found < wanted:
+            raise OSError(errno.EIO, f"wanted {wanted} bytes written to slot {first} and on, found {found} written")
 
     def _bounce(self) -> memoryview:
         """A page of this thread's own, aligned."""
@@ -78,19 +84,18 @@ class SlotFile:
         return self._local.bounce  # type: ignore[no-any-return]
 
     def _move(self, call: Callable[[int, list[memoryview], int], int], pages: Sequence[memoryview], first: int) -> int:
+        """How many bytes were moved: all, or fewer where the file ends or O_DIRECT cannot go on."""
         views, offset, moved = list(pages), first * self._page_bytes, 0
         while views:
             count = call(self._fd, views[:_MOST_BUFFERS], offset + moved)
             moved += count
-            if moved == len(pages) * self._page_bytes:
-                return len(pages)
             if not count or (self._direct and count % DIRECT_ALIGNMENT):
                 break  # the end of the file
             while views and count >= len(views[0]):  # a call may move less than it was given; the next one then says why
                 count -= len(views.pop(0))
             if count:
                 views[0] = views[0][count:]
-        return moved // self._page_bytes
+        return moved
 
     def reserve(self, pages: int) -> None:
         """Take room on the device for that many slots now. Raises `OSError` if there is none."""
