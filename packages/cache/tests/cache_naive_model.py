@@ -25,6 +25,7 @@ class Segment:
     hits: int = 0
     priority: int = 0
     locks: int = 0
+    leaves: bool = False  # from the device, when its pages have come to the host
 
     @property
     def end(self):
@@ -38,6 +39,7 @@ class NaiveCache:
         self.device, self.host = device, host
         self.free_device, self.free_host = device, host
         self.clock, self.seq = 0, 1
+        self.promised = 0  # pages that calls since the last step did not get
 
     # Structure.
 
@@ -66,7 +68,7 @@ class NaiveCache:
                 common += 1
             if common < len(segment.pages):
                 upper = self.new(segment.before, segment.pages[:common])
-                for name in ("device", "host", "clock", "hits", "priority", "locks"):
+                for name in ("device", "host", "clock", "hits", "priority", "locks", "leaves"):
                     setattr(upper, name, getattr(segment, name))
                 segment.before, segment.pages = upper.end, segment.pages[common:]
                 segment = upper
@@ -80,36 +82,49 @@ class NaiveCache:
     def best(self, candidates):
         return min(candidates, key=lambda s: (self.order(s), s.seq), default=None)
 
-    def device_room(self, pages):
-        coming, aside = 0, {}
-        while self.free_device + coming < pages:
+    def device_room(self, pages, asks_again=False):
+        if self.free_device >= pages:
+            return True
+        if self.free_device + sum(len(s.pages) for s in self.segments if s.device == "here" and not s.locks) < pages:
+            return False
+        coming = sum(
+            len(s.pages) for s in self.segments if s.host == "moving" and s.leaves and s.device == "here" and not s.locks
+        )
+        while self.free_device < pages and self.free_device + coming < pages + self.promised:
             victim = self.best(
                 s
                 for s in self.segments
-                if s.device == "here"
-                and not s.locks
-                and s.host != "moving"
-                and not any(c.device for c in self.children(s))
-                and aside.get(s.seq) != len(self.children(s))
+                if s.device == "here" and not s.locks and s.host != "moving" and not any(c.device for c in self.children(s))
             )
             if victim is None:
                 break
-            size, kids = len(victim.pages), len(self.children(victim))
+            size = len(victim.pages)
             if victim.host == "here":
                 victim.device = ""
                 self.free_device += size
             elif self.write == "write_back" and self.back_up(victim):
+                victim.leaves = True
                 coming += size
             elif not self.children(victim):
                 self.segments.remove(victim)
                 self.free_device += size
             elif self.back_up(victim):
+                victim.leaves = True
                 coming += size
             else:
-                aside[victim.seq] = kids
-        return self.free_device >= pages
+                below = [s for s in self.segments if s is not victim and s.end[: len(victim.end)] == victim.end]
+                self.free_host += sum(len(s.pages) for s in below)
+                self.free_device += size
+                self.segments = [s for s in self.segments if s is not victim and s not in below]
+        if self.free_device >= pages:
+            return True
+        self.promised += pages * asks_again
+        return False
 
     def host_room(self, pages):
+        idle = sum(len(s.pages) for s in self.segments if s.host == "here" and s.device != "moving")
+        if self.free_host < pages > self.free_host + idle:
+            return False
         while self.free_host < pages:
             victim = self.best(
                 s
@@ -156,7 +171,7 @@ class NaiveCache:
             segment.locks += by
 
     def allocate(self, pages):
-        if not self.device_room(pages):
+        if not self.device_room(pages, asks_again=True):
             return False
         self.free_device -= pages
         return True
@@ -201,7 +216,9 @@ class NaiveCache:
             self.free_device -= len(segment.pages)
 
     def step(self):
+        self.promised = 0
         for segment in self.segments:
+            segment.leaves = False
             segment.device = segment.device and "here"
             segment.host = segment.host and "here"
 

@@ -90,6 +90,10 @@ def test_what_a_request_has_locked_stays():
     for _ in range(3):
         assert group.all(lambda c: c.allocate(4) is None)
         group.step()
+    assert group.known(prompt(1)) == group.known(prompt(2)) == (2, 0), "four pages cannot be had, so nobody goes"
+    assert group.all(lambda c: c.allocate(2) is None), "the one that is not locked is written to the host first"
+    group.step()
+    assert group.all(lambda c: c.release(c.allocate(2))) is None
     assert group.known(prompt(1)) == (2, 0)
     for cache, node in zip(group.caches, nodes, strict=True):
         cache.unlock(node)
@@ -99,8 +103,56 @@ def test_what_a_request_has_locked_stays():
 def test_ranks_with_more_memory_behave_like_the_one_with_the_least():
     group = Group(3, device=8, host=4, more=(5, 0, 2))
     assert group.owned("device", "free") == [13, 8, 10]
-    assert group.all(lambda c: c.allocate(9) is None)
+    assert group.all(lambda c: c.device_pages) == 8
+    for cache in group.caches:
+        with pytest.raises(ConfigError, match="wanted 9 device pages, found 8 on the rank with the fewest"):
+            cache.allocate(9)
     assert group.all(lambda c: c.allocate(8) is not None)
+
+
+def test_what_can_never_have_room_evicts_nothing():
+    group = Group(2, device=8, host=64)
+    for i in range(4):
+        group.serve(prompt(i))
+    with pytest.raises(ConfigError, match="wanted 9 device pages"):
+        group.caches[0].allocate(9)
+    with pytest.raises(ConfigError, match="wanted 9 device pages"):
+        group.caches[1].allocate(9)
+    group.step()
+    assert group.owned("device", "tree") == [8, 8]
+    nodes = [c.match(TokenRun(prompt(1), 2)).device_node for c in group.caches]
+    for cache, node in zip(group.caches, nodes, strict=True):
+        cache.lock(node)
+    assert group.all(lambda c: c.allocate(7) is None), "two pages of eight are locked"
+    assert group.owned("device", "tree") == [8, 8]
+    assert group.all(lambda c: c.allocate(6) is not None)
+
+
+def test_a_prompt_that_is_too_large_for_the_host_leaves_it_as_it_is():
+    group = Group(1, device=32, host=8)
+    for i in range(4):
+        group.serve(prompt(i))
+        group.step()
+        group.end("put")
+        group.step()
+    assert group.owned("host", "tree") == [8]
+    assert group.serve([100 + i // 2 for i in range(18)])
+    group.step()
+    assert group.owned("host", "tree") == [8]
+    assert group.caches[0].counters.host.evicted == 0
+
+
+def test_what_storage_still_reads_is_not_counted_as_room_on_the_host():
+    group = Group(1, device=32, host=8)
+    for i in range(4):
+        group.serve(prompt(i))
+    group.step()
+    group.end("put")
+    group.step()
+    assert group.serve(prompt(5, 3))
+    group.step()
+    assert group.known(prompt(0)) == (2, 0)
+    assert group.owned("host", "tree") == [8], "two pages could go, three are wanted"
 
 
 def test_before_the_first_round_there_are_no_pages_to_give():
@@ -133,6 +185,67 @@ def test_a_copy_to_the_host_that_fails_on_one_rank_is_given_up_on_all():
     assert group.owned("host", "free") == [16] * 3
     assert group.caches[0].counters.host.failed == 2
     assert group.known(prompt(1)) == (2, 0)
+
+
+class BrokenForAWhile(FlatCopier):
+    """A copier whose copies to the host fail while `broken` says so."""
+
+    broken = False
+
+    def to_host(self, device, host):
+        if self.broken:
+            raise OSError("no such memory, for a while")
+        super().to_host(device, host)
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_what_could_not_be_backed_up_keeps_no_room_from_those_who_want_it(lasts):
+    group = Group(1, device=8, host=64, copiers=[BrokenForAWhile])
+    copier = group.caches[0]._residency._copier
+
+    def settle():
+        for _ in range(4):
+            while group.stores[0].open_batches:
+                group.end(group.stores[0].open_batches[0].what)
+            group.step()
+
+    for i in range(4):
+        copier.broken = True
+        assert group.serve([i, i])
+        settle()
+        copier.broken = False
+        assert group.serve([i, i, 9, 9])
+        settle()
+    copier.broken = lasts
+    served = []
+    for _ in range(4):
+        served.append(group.serve(prompt(70, 5)))
+        settle()
+    assert served == [False, True, True, True], "tried once more, and then written or forgotten"
+    assert group.known([0, 0, 9, 9]) == ((0, 0) if lasts else (0, 2))
+    assert group.known([3, 3, 9, 9]) == (2, 0), "there is room without it"
+
+
+def test_a_request_that_asks_again_while_copies_are_slow_starts_no_more_of_them():
+    class Slow(FlatCopier):
+        def to_host(self, device, host):
+            return Slowly()
+
+    class Slowly:
+        def query(self):
+            return False
+
+    group = Group(1, device=8, host=64, write="write_back", copiers=[Slow])
+    for i in range(8):
+        group.serve([i, i])
+    group.step()
+    for _ in range(4):
+        assert group.all(lambda c: c.allocate(2) is None)
+        group.step()
+    assert group.owned("host", "moving") == [2]
+    for _ in range(3):  # three requests in one step want two pages each
+        assert group.all(lambda c: c.allocate(2) is None)
+    assert group.owned("host", "moving") == [6]
 
 
 class Failing:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+from commplane.errors import ConfigError
 from commplane.testing import SimulatedRounds
 from commplane_cache.agreed import cache_sync_spec
 from commplane_cache.cache import PrefixCache
@@ -68,8 +69,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.lock(known.device_node)
         self.model.lock(device, 1)
         wanted = run.pages - known.device
-        own = self.cache.allocate(wanted)
-        assert (own is not None) == self.model.allocate(wanted)
+        own = self.allocate(wanted)
         if own is not None:
             self.fill(own, tokens, known.device)
             done = self.cache.insert(run, own, start=known.device, priority=priority)
@@ -98,8 +98,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 6))
     def hold(self, count):
-        own = self.cache.allocate(count)
-        assert (own is not None) == self.model.allocate(count)
+        own = self.allocate(count)
         if own is not None:
             self.held.append(own)
 
@@ -130,6 +129,16 @@ class CacheMachine(RuleBasedStateMachine):
             out.append((end, node.count, *tiers, node.clock, node.hits, node.priority, node.locks))
             todo.extend((end, child) for child in node.children.values())
         return sorted(out)
+
+    def allocate(self, pages):
+        if pages > self.cache.device_pages:
+            with pytest.raises(ConfigError, match="refuse the request"):
+                self.cache.allocate(pages)
+            assert not self.model.allocate(pages)
+            return None
+        own = self.cache.allocate(pages)
+        assert (own is not None) == self.model.allocate(pages)
+        return own
 
     def fill(self, own, tokens, start):
         keys = TokenRun(tokens, PAGE).keys(start, start + len(own))

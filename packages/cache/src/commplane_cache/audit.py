@@ -25,7 +25,7 @@ def audit(tree: RadixTree, residency: Residency, prefetches: PrefetchSlots) -> N
                 pins[prefetch.anchor.seq] = pins.get(prefetch.anchor.seq, 0) + 1
     for work in residency.loads:
         device[1].extend(work.orphans)
-    found = 0
+    found = locked = 0
     for node in tree.nodes():
         found += 1
         _node(node, tree)
@@ -38,6 +38,12 @@ def audit(tree: RadixTree, residency: Residency, prefetches: PrefetchSlots) -> N
         for queue, bit in ((residency.device_victims, 1), (residency.host_victims, 2)):
             if queue.may_go(node) and not node.queued & bit:
                 raise CommplaneError(f"cache: {node} could be evicted and is in no queue")
+        if node.locks and node.device_ready:
+            locked += node.count
+    if locked != tree.locked:
+        raise CommplaneError(f"cache: {locked} pages on the device are locked, counted were {tree.locked}")
+    if residency.puts.pages != sum(n.count for work in residency.puts for n in work.nodes):
+        raise CommplaneError(f"cache: {residency.puts.pages} pages are counted as on their way to storage, which is wrong")
     if found != tree.size:
         raise CommplaneError(f"cache: the tree has {found} nodes and counts {tree.size}")
     residency.device.audit(*device)

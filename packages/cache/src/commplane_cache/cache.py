@@ -199,6 +199,7 @@ class PrefixCache:
     def _apply(self, agreed: Agreed) -> Drained:
         self._agreed = agreed
         self._journal.step += 1
+        self._residency.promised = 0
         self.counters.rounds += 1
         free = vector(agreed, FREE)
         self._device.surplus = self._voted[0] - free[0]
@@ -265,9 +266,19 @@ class PrefixCache:
     def allocate(self, pages: int) -> np.ndarray | None:
         """Device pages for a request to compute into; what is needed is evicted. Local; the same on all ranks.
 
-        None if there is no room now. Some pages may be on their way to the host then: try again after a step.
+        None if there is no room now. Some pages may be on their way to the host then: try again after a step. A request that
+        has locked what it matched, and needs more than `device_pages` with that, would try for ever.
+
+        Raises:
+            ConfigError: more than `device_pages`: there will never be room.
         """
-        if not self._residency.make_device_room(pages):
+        if not self._residency.make_device_room(pages, asks_again=True):
+            most = self.device_pages
+            if pages > most and self.counters.rounds:
+                raise ConfigError(
+                    f"cache: wanted {pages} device pages, found {most} on the rank with the fewest: refuse the request, or give "
+                    f"the cache more"
+                )
             return None
         self._journal.mix(5, pages)
         return self._device.take(pages, HELD)
@@ -329,6 +340,11 @@ class PrefixCache:
                 pages += node.count
             self._residency.put(node)
         return pages
+
+    @property
+    def device_pages(self) -> int:
+        """Device pages of the rank with the fewest, which is what all can use; 0 before the first agreed step."""
+        return self._device.capacity - self._device.surplus
 
     @property
     def busy(self) -> bool:

@@ -30,6 +30,7 @@ class Residency:
         tree: the structure.
         device, host: pools; `host` may be None.
         writes, loads, puts: what is on its way from device to host, from host to device, from host to storage.
+        promised: pages that calls since the last round wanted and did not get; what is being written is for them.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Residency:
         self.writes, self.loads, self.puts = WorkQueue(), WorkQueue(), WorkQueue()
         self._journal, self._counters, self._copier, self._link = journal, counters, copier, link
         self._write_back = write_back
+        self.promised = 0
         tree.on_split = self.consider
         self.device_victims = VictimQueue(policy, 1, _may_leave_device)
         self.host_victims = VictimQueue(policy, 2, _may_leave_host)
@@ -92,43 +94,96 @@ class Residency:
 
     # Room.
 
-    def make_device_room(self, pages: int) -> bool:
-        """Evict until `pages` are available on the device; False if they are not yet: some may have to be written first."""
-        pool, coming, aside = self.device, 0, []
-        while pool.available + coming < pages:
+    def make_device_room(self, pages: int, *, asks_again: bool = False) -> bool:
+        """Evict until `pages` are available on the device; False if they are not yet: some may have to be written first.
+
+        Args:
+            pages: how many.
+            asks_again: whether the caller comes back for them after a step: what is written until then is not for others.
+        """
+        pool, aside = self.device, []
+        if pool.available >= pages:
+            return True
+        # Nothing is evicted for what cannot be had, whoever goes.
+        if pool.available + pool.owned[TREE] - self.tree.locked < pages:
+            return False
+        wanted = pages + self.promised
+        # What a call before this one has sent to the host leaves when it is there: no need to write others as well.
+        coming = sum(n.count for work in self.writes if work.leaves for n in work.nodes if n.device_ready and not n.locks)
+        while pool.available < pages and pool.available + coming < wanted:
             node = self.device_victims.pop()
             if node is None:
                 break
             if node.host_ready:
                 self._evict_device(node)
-            elif self._write_back and self.back_up(node):
+            elif self._write_back and self._leave(node):
                 coming += node.count
             elif not node.children and not node.pins:
                 self._evict_device(node)
-            elif self.back_up(node):  # what lies below it on the host would be cut off
+            elif self._leave(node, again=True):  # what lies below it on the host would be cut off
                 coming += node.count
+            elif self._drop_below(node):
+                self._evict_device(node)
             else:
                 aside.append(node)
         for node in aside:
             self.consider(node)
-        return pool.available >= pages
+        if pool.available >= pages:
+            return True
+        if asks_again:
+            self.promised += pages
+        return False
 
     def make_host_room(self, pages: int) -> bool:
         """Evict until `pages` are available on the host."""
         pool = self.host
         if pool is None:
             return False
+        if pool.available >= pages:
+            return True
+        # Nothing is evicted for what cannot be had: pages that storage or a load still reads stay until that has ended.
+        read = self.puts.pages + sum(n.count for work in self.loads for n in work.nodes if n.putting is None)
+        if pool.available + pool.owned[TREE] - read < pages:
+            return False
         while pool.available < pages:
             node = self.host_victims.pop()
             if node is None:
                 return False
-            assert node.host is not None
-            pool.give_back(node.host, TREE)
-            node.host, node.host_ready = None, False
-            self._counters.host.evicted += node.count
-            self._journal.note("host evict", node.seq, node.count)
-            self._drop_if_nowhere(node)
+            self._evict_host(node)
         return True
+
+    def _leave(self, node: Node, *, again: bool = False) -> bool:
+        """Back up `node`, which goes from the device when that has ended."""
+        if not self.back_up(node, again=again):
+            return False
+        assert node.writing is not None
+        node.writing.leaves = True
+        return True
+
+    def _drop_below(self, node: Node) -> bool:
+        """Forget all that comes after `node`, which is on the host alone; False if something there is needed or on its way.
+
+        Where `node` cannot be backed up, it would keep its device pages for ever otherwise.
+        """
+        below = [node]
+        for above in below:  # grows meanwhile
+            below.extend(above.children.values())
+        if any(n.pins or n.putting is not None for n in below):
+            return False
+        if any(n.device is not None or n.locks for n in below[1:]):
+            return False
+        for child in reversed(below[1:]):
+            self._evict_host(child)
+        return True
+
+    def _evict_host(self, node: Node) -> None:
+        assert self.host is not None
+        assert node.host is not None
+        self.host.give_back(node.host, TREE)
+        node.host, node.host_ready = None, False
+        self._counters.host.evicted += node.count
+        self._journal.note("host evict", node.seq, node.count)
+        self._drop_if_nowhere(node)
 
     def _evict_device(self, node: Node) -> None:
         assert node.device is not None
@@ -184,6 +239,8 @@ class Residency:
                     node.loading = None
                 elif node.parent is not None:
                     node.parent.on_device += 1
+                if node.locks:
+                    self.tree.locked += node.count
                 pool.hand_over(given, HELD, TREE)
                 node.device, node.device_ready = given, True
                 self._counters.device.filled += node.count
@@ -236,15 +293,22 @@ class Residency:
     def _own_host(self, node: Node, pages: np.ndarray) -> None:
         assert self.host is not None
         self.host.hand_over(pages, MOVING, TREE)
-        node.host, node.host_ready, node.spoilt = pages, True, False
+        node.host, node.host_ready, node.spoilt = pages, True, 0
         self._journal.note("host adopt", node.seq, node.count)
         self.consider(node)
 
     # Copies and writes.
 
-    def back_up(self, node: Node) -> bool:
-        """Start to copy `node` to the host; False if it is there, was tried in vain, or there is no room."""
-        if self.host is None or self._copier is None or node.host is not None or node.spoilt or not node.device_ready:
+    def back_up(self, node: Node, *, again: bool = False) -> bool:
+        """Start to copy `node` to the host; False if it is there, was tried in vain, or there is no room.
+
+        Args:
+            node: which.
+            again: also if that failed once; never a third time.
+        """
+        if self.host is None or self._copier is None or node.host is not None or not node.device_ready:
+            return False
+        if node.spoilt > again:
             return False
         if not self.make_host_room(node.count):
             self._counters.host.skipped += node.count
@@ -332,7 +396,8 @@ class Residency:
                     self.put(node)
                 else:
                     self.host.give_back(node.host, MOVING)
-                    node.host, node.spoilt = None, True
+                    node.host = None
+                    node.spoilt += 1
                 self.consider(node)
             tier = self._counters.host
             if work.agreed:
@@ -354,6 +419,8 @@ class Residency:
                 if work.agreed:
                     self.device.hand_over(node.device, MOVING, TREE)
                     node.device_ready = True
+                    if node.locks:
+                        self.tree.locked += node.count
                 else:
                     self.device.give_back(node.device, MOVING)
                     self._no_device(node)

@@ -28,9 +28,10 @@ class Work:
         event: says when it has ended here, where `end` is not called.
         orphans: pages that it fills and that no node wants any more; freed once all ranks have ended it.
         agreed: whether it went well on all ranks; None until that is agreed.
+        leaves: it is a write of what then leaves the device.
     """
 
-    __slots__ = ("_ended", "agreed", "error", "event", "nodes", "orphans", "pages")
+    __slots__ = ("_ended", "agreed", "error", "event", "leaves", "nodes", "orphans", "pages")
 
     def __init__(self, nodes: list[Node], pages: int) -> None:
         self.nodes = nodes
@@ -39,7 +40,7 @@ class Work:
         self.agreed: bool | None = None
         self.event: CopyEvent | None = None
         self.error: str | None = None
-        self._ended = False
+        self.leaves = self._ended = False
 
     def end(self, error: str | None = None) -> None:
         """It has ended on this rank."""
@@ -59,12 +60,17 @@ class Work:
 
 
 class WorkQueue:
-    """Work of one kind, in the order in which it was started: the same on all ranks."""
+    """Work of one kind, in the order in which it was started: the same on all ranks.
 
-    __slots__ = ("_work",)
+    Attributes:
+        pages: of all of it.
+    """
+
+    __slots__ = ("_work", "pages")
 
     def __init__(self) -> None:
         self._work: deque[Work] = deque()
+        self.pages = 0
 
     def __len__(self) -> int:
         return len(self._work)
@@ -75,6 +81,7 @@ class WorkQueue:
     def add(self, work: Work) -> None:
         """Started, on all ranks at this place of the order."""
         self._work.append(work)
+        self.pages += work.pages
 
     def vote(self) -> tuple[int, int]:
         """How many from the head have ended here, and how many of these, before the first failure, went well."""
@@ -98,4 +105,5 @@ class WorkQueue:
         done = [self._work.popleft() for _ in range(count)]
         for i, work in enumerate(done):
             work.agreed = i < good
+            self.pages -= work.pages
         return done

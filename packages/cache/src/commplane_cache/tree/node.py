@@ -36,7 +36,7 @@ class Node:
         priority: of the most important request that used it.
         writing, loading, putting: what is on its way for it: device to host, host to device, host to storage.
         on_device: children with device pages, ready or not.
-        spoilt: a write to the host failed; it is not tried again.
+        spoilt: writes to the host that failed. It is tried once more, when that is the only way to get its room.
         queued: bits of the victim queues that have it, see `commplane_cache.evict`.
     """
 
@@ -74,8 +74,8 @@ class Node:
         self.names: list[bytes] | None = None
         self.device: np.ndarray | None = None
         self.host: np.ndarray | None = None
-        self.device_ready = self.host_ready = self.stored = self.spoilt = False
-        self.locks = self.pins = self.clock = self.hits = self.priority = self.on_device = self.queued = 0
+        self.device_ready = self.host_ready = self.stored = False
+        self.spoilt = self.locks = self.pins = self.clock = self.hits = self.priority = self.on_device = self.queued = 0
         self.writing: Work | None = None
         self.loading: Work | None = None
         self.putting: Work | None = None

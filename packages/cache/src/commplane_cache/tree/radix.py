@@ -26,14 +26,14 @@ class RadixTree:
         root: has no pages, is never removed.
         size: nodes, without the root.
         clock: logical time: one more with every use of the tree.
+        locked: pages on the device, ready, of nodes that are locked.
         on_split: told of the new upper part of a node.
     """
 
     def __init__(self, page_tokens: int, journal: Journal, *, names: bool) -> None:
         self.page_tokens = page_tokens
         self.root = Node(0, None, b"", b"", 0)
-        self.size = 0
-        self.clock = 0
+        self.size = self.clock = self.locked = 0
         self._journal = journal
         self._names = names
         self._next = 1
@@ -144,6 +144,8 @@ class RadixTree:
         self._journal.mix(1, node.seq)
         above: Node | None = node
         while above is not None:
+            if not above.locks and above.device_ready:
+                self.locked += above.count
             above.locks += 1
             above = above.parent
 
@@ -158,6 +160,8 @@ class RadixTree:
             above.locks -= 1
             if above.locks == 0:
                 free.append(above)
+                if above.device_ready:
+                    self.locked -= above.count
             above = above.parent
         return free
 
