@@ -86,7 +86,7 @@ class PrefixCache:
         if store is not None and host is None:
             raise ConfigError("cache: storage wants a host tier that its pages pass through")
         self._rounds = rounds
-        self._journal = journal = Journal(options.decisions)
+        self._journal = journal = Journal(options.decisions, rounds.note)
         self.counters = Counters()
         self.tree = RadixTree(options.page_tokens, journal, names=store is not None)
         self._device = Pool("device", device_pages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,9 @@ class _Alone:
 
     rank, world_size, ranks, steps = 0, 1, (0,), 0
 
+    def __init__(self) -> None:
+        self._notes: deque[tuple[int, str, tuple[int, ...]]] = deque(maxlen=512)
+
     def step(self, values: Mapping[str, int | Sequence[int]], *, digest: int = 0) -> Agreed:
         self.steps += 1
         return {name: value if isinstance(value, int) else tuple(value) for name, value in values.items()}
@@ -69,6 +73,9 @@ class _Alone:
 
     def result(self) -> Agreed:
         raise NotImplementedError("the bench's cache is not pipelined")
+
+    def note(self, what: str, *numbers: int) -> None:
+        self._notes.append((self.steps, what, numbers))
 
     def close(self) -> None:
         """Nothing is held."""

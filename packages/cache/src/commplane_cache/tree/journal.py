@@ -43,16 +43,21 @@ class Journal:
         step: sync rounds applied so far.
         count: decisions so far.
         listener: called with every decision, or None.
+
+    Args:
+        keep: how many of the last decisions are kept.
+        tell: called with each decision's kind and numbers: `SyncRound.note`, for the flight records.
     """
 
-    __slots__ = ("_codes", "_ring", "count", "digest", "listener", "step")
+    __slots__ = ("_codes", "_ring", "_tell", "count", "digest", "listener", "step")
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: int, tell: Callable[[str, int, int, int], None] | None = None) -> None:
         self.digest = 1
         self.step = self.count = 0
         self.listener: Callable[[Decision], None] | None = None
         self._ring: deque[tuple[int, str, int, int, int]] = deque(maxlen=keep)
         self._codes: dict[str, int] = {}
+        self._tell = tell
 
     def mix(self, a: int, b: int = 0, c: int = 0) -> None:
         """Note numbers in the digest alone: what happens too often for the list of decisions."""
@@ -66,6 +71,8 @@ class Journal:
         self.digest = (self.digest * _STEP + (a ^ code) * _A + b * _B + c * _C) & _MASK
         self.count += 1
         self._ring.append((self.step, what, a, b, c))
+        if self._tell is not None:
+            self._tell(what, a, b, c)
         if self.listener is not None:
             self.listener(Decision(self.count, self.step, what, (a, b, c)))
 
