@@ -184,7 +184,7 @@ def test_a_round_that_is_out_is_finished_by_close_and_leaves_no_thread() -> None
     names: list[list[str]] = []
 
     def rank_main(plane: Plane) -> None:
-        votes = plane.sync_round(f"closing{plane.world_size}", specs=[TWO])
+        votes = plane.sync_round(f"closing{plane.world_size}", specs=[TWO], backends=["torch"])
         for _ in range(3):
             votes.issue({"two.max": 1})
             votes.result()

@@ -311,7 +311,7 @@ class Plane:
             ranks: global ranks in group order, the same on every one of them. If unset, all ranks.
             specs: whose fields take part: names of what plugins registered with `commplane_register_cache_sync`, or a `SyncSpec`
                 itself. If unset, all that are registered.
-            backends: as for `communicator`.
+            backends: as for `communicator`. Where they are named, rows go through them inside a host, too.
             timeout: seconds in which a round ends, or raises who is missing. If unset, the setting ``run_timeout``.
 
         Raises:
@@ -325,7 +325,7 @@ class Plane:
         self._open("sync_round")
         members = tuple(range(self.world_size)) if ranks is None else tuple(operator.index(r) for r in ranks)
         self._check_members(f"sync_{name}", members)
-        instance, bootstrap = self._meeting(GroupKey(members, "cpu", f"sync_{name}_round"))
+        _, bootstrap = self._meeting(GroupKey(members, "cpu", f"sync_{name}_round"))
         self._activity.say(f"makes sync round {name!r} over {list(members)}")
         registered = {n: r.spec for n, r in self.plugins.registered(SyncSpec).items() if isinstance(r.spec, SyncSpec)}
         out = form(
@@ -338,9 +338,9 @@ class Plane:
             self.config.startup,
             lambda purpose, over, seconds: self.communicator(purpose, over, device="cpu", backends=backends, timeout=seconds),
             self._rounds.remove,
+            slots=backends is None,
         )
         self._rounds.append(out)
-        self._flight.round(instance, out.notes)
         return out
 
     def sync_bootstrap(self, value: Any) -> Any:

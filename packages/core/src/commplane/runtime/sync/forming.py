@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from commplane.agree import StoreBootstrap, joint_verdict, setback
 from commplane.api import Facts, SyncSpec
 from commplane.errors import CommplaneError, CommunicatorError, ConfigError, MismatchError
+from commplane.notice import notice
 from commplane.runtime.communicator import Communicator
 from commplane.runtime.sync.paths import Alone, HostByHost, OneGroup, Path
 from commplane.runtime.sync.roll_call import RollCall
 from commplane.runtime.sync.round import SyncRound
 from commplane.runtime.sync.schema import Schema
+from commplane.runtime.sync.segment import map_together
+from commplane.runtime.sync.slots import Slots, segment_bytes
 from commplane.select import difference
 
 __all__ = ["chosen_specs", "form"]
@@ -48,6 +51,8 @@ def form(
     startup: float,
     communicator: Callable[[str, Sequence[int], float], Communicator],
     on_close: Callable[[SyncRound], None],
+    *,
+    slots: bool = True,
 ) -> SyncRound:
     """Compare, form, vote. Collective over `ranks`.
 
@@ -61,6 +66,8 @@ def form(
         startup: seconds that one wait may take until the round is made.
         communicator: forms one communicator: purpose, global ranks, seconds that one wait of it may take.
         on_close: called when the round is closed.
+        slots: whether ranks that share a host may leave their rows in shared memory instead of sending them through the
+            communicator; equal on all ranks.
     """
     who = f"[sync_{name} rank {bootstrap.rank}/{len(ranks)}]"
     try:
@@ -76,7 +83,7 @@ def form(
     text = difference("the arguments of sync round", dict(zip(ranks, wanted, strict=True)))
     if text is not None:
         raise MismatchError(f"{who} {text}")
-    path = _path(name, ranks, bootstrap, facts, schema, timeout, startup, communicator)
+    path = _path(name, ranks, bootstrap, facts, schema, timeout, startup, communicator, slots)
     return SyncRound(name, bootstrap.rank, ranks, schema, path, RollCall(bootstrap), timeout, on_close)
 
 
@@ -89,12 +96,26 @@ def _path(
     timeout: float,
     startup: float,
     communicator: Callable[[str, Sequence[int], float], Communicator],
+    slots: bool,
 ) -> Path:
     if len(ranks) == 1:
         return Alone(schema.columns)
     hosts = facts.hosts(ranks)
     if len(hosts) in (1, len(ranks)):
-        return OneGroup(schema.columns, communicator(f"sync_{name}", ranks, _BEFORE_ROLL_CALL * timeout))
+        patience = _BEFORE_ROLL_CALL * timeout
+        whole = communicator(f"sync_{name}", ranks, patience)
+        if not (slots and facts.same_host(ranks)):
+            return OneGroup(schema.columns, whole)
+        try:
+            memory = map_together(bootstrap, "slots of sync round", segment_bytes(schema.columns, len(ranks)), 2 * startup)
+        except BaseException:
+            whole._close(wait=False)
+            raise
+        if isinstance(memory, str):
+            if bootstrap.rank == 0:
+                notice(f"[sync_{name}] sync round goes without slots in shared memory, which makes `issue` slower: {memory}")
+            return OneGroup(schema.columns, whole)
+        return Slots(schema.columns, bootstrap.rank, ranks, memory, patience, facts.dead, whole)
     return _host_by_host(name, ranks, hosts, bootstrap, schema, _BEFORE_ROLL_CALL * timeout, startup, communicator)
 
 

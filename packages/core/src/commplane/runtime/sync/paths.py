@@ -1,13 +1,13 @@
-"""How the rows of all ranks come together: alone, over one communicator, or host by host."""
+"""How the rows of all ranks come together: alone, over one communicator, or host by host; `slots` has one more way."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from commplane.runtime.communicator import Communicator
 
-__all__ = ["Alone", "HostByHost", "OneGroup", "Path"]
+__all__ = ["Alone", "HostByHost", "OneGroup", "Path", "Threadless"]
 
 
 class Path(Protocol):
@@ -27,6 +27,26 @@ class Path(Protocol):
 
     def exchange(self) -> Any:
         """The rows of all ranks in group order, an int64 array that the caller may change. Collective."""
+
+
+@runtime_checkable
+class Threadless(Path, Protocol):
+    """A path whose exchange comes in two halves, of which the first does not wait: such a round needs no thread."""
+
+    def send(self) -> None:
+        """Send this rank's row. Local."""
+
+    def collect(self) -> Any:
+        """The rows of all, as from `exchange`. Collective; may be called again if it was interrupted."""
+
+    def leave(self) -> None:
+        """Tell the others that nothing more is sent. Local, idempotent."""
+
+    def forget(self) -> None:
+        """Give up what belongs to the parent, in a forked child. Local, idempotent."""
+
+    def close(self) -> None:
+        """Leave and release. Local, idempotent."""
 
 
 def _row(rows: int, columns: int) -> tuple[Any, Any]:

@@ -9,10 +9,9 @@ from typing import Any
 
 from commplane.api import Agreed
 from commplane.errors import AgreementError, CommplaneError, CommunicatorError, MismatchError, PeerError, UnsupportedOperation
-from commplane.flight import RoundNotes
 from commplane.notice import notice
 from commplane.runtime.sync.board import Board
-from commplane.runtime.sync.paths import Path
+from commplane.runtime.sync.paths import Path, Threadless
 from commplane.runtime.sync.roll_call import RollCall
 from commplane.runtime.sync.schema import Schema
 from commplane.runtime.sync.worker import Worker
@@ -26,9 +25,10 @@ _MARGIN_S = 5.0
 class SyncRound:
     """Votes over one group. Made by `Plane.sync_round`, over communicators of its own that nothing else uses.
 
-    `step` runs on the thread that calls it. `issue` gives the round to a thread of its own, made at the first `issue`, which
-    waits for the peers in native code without the GIL; in a group of one there is no thread. Calls come from one thread at a
-    time. After a `PeerError` or a `MismatchError` every later call raises at once. A capture passes a round by.
+    `step` runs on the thread that calls it. Inside a host `issue` leaves the row in shared memory, and `result` waits for
+    those of the others. Elsewhere `issue` gives the round to a thread of its own, made at the first `issue`, which waits for the
+    peers in native code without the GIL; in a group of one nothing is sent. Calls come from one thread at a time. After a
+    `PeerError` or a `MismatchError` every later call raises at once. A capture passes a round by.
 
     Attributes:
         rank: group rank.
@@ -38,7 +38,6 @@ class SyncRound:
         steps: rounds completed.
         timeout: seconds that one round may take.
     """
-        notes: what was noted last, for the flight recorder.
 
     def __init__(
         self,
@@ -59,7 +58,7 @@ class SyncRound:
         self.steps = 0
         self.timeout = timeout
         self._schema, self._path, self._roll_call, self._on_close = schema, path, roll_call, on_close
-        self.notes = RoundNotes(name, self.ranks, rank)
+        self._threadless = path if isinstance(path, Threadless) else None
         self._board = Board(schema, self.ranks)
         self._pack, self._exchange, self._buffer = schema.pack_into, path.exchange, path.buffer
         self._worker: Worker[Any] | None = None
@@ -109,10 +108,17 @@ class SyncRound:
             UnsupportedOperation: as in `step`, or a round is out already.
         """
         self._write(values, digest)
-        if self.world_size > 1:
-            if self._worker is None:
-                self._worker = Worker(self._exchange, f"commplane sync {self.name}")
-            self._worker.start()
+        if self._threadless is None:
+            if self.world_size > 1:
+                if self._worker is None:
+                    self._worker = Worker(self._exchange, f"commplane sync {self.name}")
+                self._worker.start()
+            return
+        try:
+            self._threadless.send()
+        except BaseException as error:  # Ctrl-C: whether it was sent is not known
+            self._out = False
+            raise self._failed(error) from error.__cause__
 
     def result(self) -> Agreed:
         """Wait for the round that `issue` sent; every rank must have issued it. Collective. Raises what `step` raises."""
@@ -120,10 +126,10 @@ class SyncRound:
             self._check()
             raise UnsupportedOperation(f"{self.who} sync round: none is out: issue one before its result is read")
         try:
-            rows = self._wait(self._path.stages * self.timeout + _MARGIN_S) if self._worker is not None else self._exchange()
+            rows = self._collect()
             self._out = False
             return self._decide(rows)
-        except KeyboardInterrupt:  # of this thread, while the other waits: the round is as it was
+        except KeyboardInterrupt:  # of this thread while it waits: the round is as it was
             raise
         except BaseException as error:
             self._out = False
@@ -138,22 +144,17 @@ class SyncRound:
             )
         try:
             self._pack(self._buffer, 0, self.steps + 1, values, digest)
-    def note(self, what: str, *numbers: int) -> None:
-        """Remember a decision that followed from what was agreed, for the flight records. Local; costs well below 1 us.
-
-        Args:
-            what: the kind of decision.
-            numbers: of what. Formatted when records are dumped, not before.
-        """
-        self.notes.add(what, numbers)
-
         except UnsupportedOperation as error:
             raise UnsupportedOperation(f"{self.who} {error}") from None
         self._out, self._began = True, time.monotonic()
 
-    def _wait(self, timeout: float) -> Any:
-        """What the thread came back with."""
-        assert self._worker is not None
+    def _collect(self) -> Any:
+        """The rows of the round that is out."""
+        if self._threadless is not None:
+            return self._threadless.collect()
+        if self._worker is None:
+            return self._exchange()
+        timeout = self._path.stages * self.timeout + _MARGIN_S
         if not self._worker.wait(timeout):
             raise PeerError(
                 f"{self.who} sync round, step {self.steps + 1}: no answer after {timeout:g} s, its thread still waits"
@@ -178,7 +179,6 @@ class SyncRound:
 
     def _failed(self, error: BaseException) -> BaseException:
         """What to raise for `error` of an exchange. Nothing more can be exchanged, and the peers are let go."""
-        self.notes.step = self.steps
         if not isinstance(error, Exception):
             self._fault = AgreementError(f"{self.who} sync round, step {self.steps + 1}, was interrupted")
             self._poison(self._fault)
@@ -192,7 +192,6 @@ class SyncRound:
     def _named(self, error: PeerError) -> PeerError:
         """`error` with the ranks that are missing from the round."""
         missing: Sequence[int] | None = error.missing_ranks
-        self.notes.fail()  # before the communicators are poisoned, which dumps
         if not self._path.names_who_is_missing:
             # The others may be at it up to their own deadline.
             left = self._began + self.timeout - time.monotonic()
@@ -206,12 +205,16 @@ class SyncRound:
         return PeerError(f"{what}: all ranks are alive, and the connection between some is lost or slow: {error}")
 
     def _poison(self, error: Exception) -> None:
+        if self._threadless is not None:
+            self._threadless.leave()
         for c in self._path.communicators:
             c.poison(error)
 
     def disown(self) -> None:
         """In a forked child: every call raises. Local."""
         self._out, self._worker = False, None
+        if self._threadless is not None:
+            self._threadless.forget()
         self._fault = CommunicatorError("the round belongs to the parent process: a forked child must create its own")
 
     def close(self) -> None:
@@ -237,6 +240,8 @@ class SyncRound:
             if not self._worker.stop(1.0) and wait:
                 notice(f"{self.who} sync round: closed while a round is out, which some rank never came to", stacklevel=4)
         self._closed, self._out = True, False
+        if self._threadless is not None:
+            self._threadless.close()
         for c in reversed(self._path.communicators):
             c._close(wait=wait)
         self._on_close(self)
@@ -252,4 +257,3 @@ class SyncRound:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
             if self._worker is not None:
                 self._worker.stop(0.0)
-        self.notes.closed = True
