@@ -325,7 +325,7 @@ class Plane:
         self._open("sync_round")
         members = tuple(range(self.world_size)) if ranks is None else tuple(operator.index(r) for r in ranks)
         self._check_members(f"sync_{name}", members)
-        _, bootstrap = self._meeting(GroupKey(members, "cpu", f"sync_{name}_round"))
+        instance, bootstrap = self._meeting(GroupKey(members, "cpu", f"sync_{name}_round"))
         self._activity.say(f"makes sync round {name!r} over {list(members)}")
         registered = {n: r.spec for n, r in self.plugins.registered(SyncSpec).items() if isinstance(r.spec, SyncSpec)}
         out = form(
@@ -340,6 +340,7 @@ class Plane:
             self._rounds.remove,
             slots=backends is None,
         )
+        self._flight.round(instance, out.notes)
         self._rounds.append(out)
         return out
 
