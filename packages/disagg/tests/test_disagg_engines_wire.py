@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from commplane.api import TransferContext
 from commplane.errors import CommplaneError, PeerError
 from commplane_disagg.engines.envelope import seal, unseal
-from commplane_disagg.engines.tcp import Tcp, wire
+from commplane_disagg.engines.tcp import Tcp, receiving, wire
 from commplane_disagg.engines.tcp.engine import TcpMetadata
 from commplane_disagg.engines.tcp.sending import connect_stream, new_session
 
@@ -144,12 +144,117 @@ def test_a_listener_without_the_token_is_refused() -> None:
             writer.connect("reader", mixed)
 
 
-def test_strangers_who_say_nothing_do_not_keep_writers_out() -> None:
+def test_more_strangers_than_are_let_in_do_not_keep_writers_out() -> None:
     with opened("reader") as (engine, pool), contextlib.ExitStack() as stack:
         found = known(engine)
-        for _ in range(40):
-            stack.enter_context(socket.create_connection((found.host, found.port), timeout=5.0))
+        for _ in range(receiving._MOST_STRANGERS + 40):
+            stack.enter_context(socket.create_connection((found.host, found.port), timeout=5.0)).sendall(b"C")
         serves(engine, pool)
+
+
+def test_a_stranger_who_drips_has_no_longer_than_one_who_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiving, "_HANDSHAKE_SECONDS", 0.5)
+    with opened("reader") as (engine, _):
+        found = known(engine)
+        with socket.create_connection((found.host, found.port), timeout=5.0) as stream:
+            sent = 0
+            with contextlib.suppress(OSError):
+                while sent < 60:  # bytes after which it would be known for a stranger
+                    stream.sendall(b"C")
+                    sent += 1
+                    time.sleep(0.1)
+            assert sent < 60
+
+
+def test_a_listener_that_drips_has_no_longer_than_one_that_is_silent() -> None:
+    listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def drip() -> None:
+        stream, _ = listener.accept()
+        with stream, contextlib.suppress(OSError):
+            for byte in wire.CHALLENGE_MAGIC + bytes(32):
+                stream.sendall(bytes([byte]))
+                if over.wait(0.1):
+                    return
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    hello = wire.Hello("writer", new_session())
+    try:
+        with pytest.raises(PeerError, match="cannot be reached: timed out"):
+            connect_stream(listener.getsockname(), bytes(32), hello, "reader", 0, time.monotonic() + 0.5)
+    finally:
+        over.set()
+        thread.join(5.0)
+        listener.close()
+
+
+@contextlib.contextmanager
+def slow_link(engine: Tcp, bytes_a_second: float) -> Iterator[tuple[bytes, threading.Event]]:
+    """Metadata of `engine` over a link that takes so many bytes, and an event that cuts nothing but lets nothing through."""
+    found, standstill, over = known(engine), threading.Event(), threading.Event()
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    there = socket.create_connection((found.host, found.port), timeout=5.0)
+    threads = []
+
+    def pump(source: socket.socket, sink: socket.socket, rate: float | None) -> None:
+        with contextlib.suppress(OSError):
+            while not over.is_set() and (data := source.recv(16_384)):
+                while standstill.is_set() and not over.wait(0.01):
+                    pass
+                if rate is not None:
+                    time.sleep(len(data) / rate)
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def accept() -> None:
+        here, _ = listener.accept()
+        there.settimeout(None)
+        back = threading.Thread(target=pump, args=(there, here, None))
+        back.start()
+        pump(here, there, bytes_a_second)
+        back.join()
+        here.close()
+
+    threads.append(threading.Thread(target=accept))
+    threads[0].start()
+    try:
+        port = int(listener.getsockname()[1])
+        yield seal("tcp", 1, TcpMetadata("127.0.0.1", port, found.token, found.nbytes)), standstill
+    finally:
+        over.set()
+        with contextlib.suppress(OSError):
+            there.shutdown(socket.SHUT_RDWR)
+        threads[0].join(10)
+        there.close()
+        listener.close()
+
+
+def test_a_link_that_takes_longer_for_a_batch_than_a_peer_may_be_silent_is_no_lost_peer_until_it_stands_still() -> None:
+    nbytes = 1 << 20  # one batch: the least that a transfer is cut into
+    with contextlib.ExitStack() as stack:
+        engines = []
+        for name in ("reader", "writer"):
+            engine = Tcp()
+            stack.callback(engine.close)
+            engine.open(TransferContext(name, timeout=0.8, options={"streams": 1, "buffer": 65_536}))
+            engine.register(engine.allocate(nbytes))
+            engines.append(engine)
+        reader, writer = engines
+        writer.pool[:] = random.Random(5).randbytes(nbytes)
+        made, standstill = stack.enter_context(slow_link(reader, 500_000))
+        writer.connect("reader", made)
+        writer.submit("reader", [0], [0], nbytes)
+        assert [moved.error for moved in writer.poll(20.0)] == [None]
+        assert bytes(reader.pool) == bytes(writer.pool)
+        standstill.set()
+        writer.submit("reader", [0], [0], nbytes)
+        assert "acknowledged nothing for 0.8 s" in str(writer.poll(20.0)[0].error)
 
 
 def test_a_stream_that_breaks_off_inside_of_a_piece_leaves_the_others_alone() -> None:

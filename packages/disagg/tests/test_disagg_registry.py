@@ -305,14 +305,48 @@ def test_withdrawing_twice_is_no_error_and_says_so(serve: Serve) -> None:
         assert client.withdraw(tenure) is False
 
 
-def test_groups_are_bounded(serve: Serve) -> None:
+def test_groups_are_bounded_and_make_room_once_nobody_uses_them(serve: Serve) -> None:
     server = serve()
     with client_of(server) as client:
-        for number in range(64):
-            client.of(f"g{number}").table()
-        with pytest.raises(CommplaneError, match="keeps 64 groups, found one more, 'g64'"):
+        rows = [row(0) for _ in range(64)]
+        for number in range(200):
+            client.of(f"empty{number}").table()
+        for number, one in enumerate(rows):
+            client.of(f"g{number}").register(topology(tp=1), one)
+        with pytest.raises(CommplaneError, match="keeps 64 groups and all are in use, found one more, 'g64'"):
             client.of("g64").table(timeout=2)
-        client.of("g3").table()
+        seen = client.of("g3").table().sequence
+        assert client.of("g3").withdraw(Tenure(key=rows[3].key, instance=rows[3].instance))
+        assert client.of("g64").table().rows == ()
+        with pytest.raises(CommplaneError, match="found one more, 'g3'"), ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(client.of("g64").changes, seen + 1, wait=5)
+            eventually(lambda: bool(server.service.group("g64").waiters))
+            try:
+                client.of("g3").table(timeout=2)  # g64 is empty, but somebody waits for it
+            finally:
+                client.of("g64").register(topology(tp=1), row(0))
+                assert [change.kind for change in waits.result(10).changes] == ["registered"]
+
+
+def test_whoever_followed_a_group_that_made_room_learns_that_it_has_missed_changes(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("commplane_disagg.registry.service.GROUPS", 1)
+    server = serve()
+    with client_of(server) as client:
+        one, two = client.of("one"), client.of("two")
+        first = row(0)
+        with one, two:
+            one.register(topology(), first)
+            seen = one.table().sequence
+            one.withdraw(Tenure(key=first.key, instance=first.instance))
+            two.register(topology(), found := row(1))
+            two.withdraw(Tenure(key=found.key, instance=found.instance))
+            for _ in range(3):
+                one.register(topology(), again := row(0))
+                one.withdraw(Tenure(key=again.key, instance=again.instance))
+            assert one.changes(seen).reset
+            assert b'group="two"' not in server.service.page()
 
 
 def test_4096_ranks_register_with_duplicates_and_retries_and_are_ready_once(serve: Serve) -> None:

@@ -309,6 +309,7 @@ class Ranks(RuleBasedStateMachine):
         except Refusal:
             self.follow()
             assert self.holders.get(found.key) != (found.instance, found.epoch)
+            self.gone.add((found.key, found.instance, found.epoch))  # who wants to leave does not come back either way
         else:
             self.follow()
             assert found.key not in self.holders

@@ -63,7 +63,7 @@ class RegistryClient:
         token: the shared one (`read_token`), None where the server was started without authentication.
         group: whose rows; prefill and decode ranks of several models may share a registry.
         timeout: seconds for one call, its retries included.
-        attempt: seconds for one try.
+        attempt: seconds for one try to connect, and of silence after which an exchange is tried again.
     """
 
     def __init__(

@@ -125,6 +125,8 @@ def join(
 def _leads(plane: SyncsBootstrap | None, torch_group: Any) -> bool:
     if plane is not None:
         return plane.rank == 0
-    import torch.distributed as dist
-
+    try:
+        import torch.distributed as dist
+    except ImportError:
+        return False  # nothing to agree over: the port sync says what to do
     return dist.is_available() and dist.is_initialized() and dist.get_rank(torch_group) == 0
