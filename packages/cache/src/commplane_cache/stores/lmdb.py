@@ -36,10 +36,10 @@ class LmdbStore(ValuedStore):
         folder = Path(options["path"])
         self._capacity = options["capacity_bytes"] // context.page_bytes
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)  # pages say what was in the prompts
             # Twice what its pages take: LMDB writes anew what changes, so that a file that is full could not even forget.
             map_size = 2 * options["capacity_bytes"] + _SLACK
-            self._env = self._lmdb.open(str(folder), map_size=map_size, sync=options["sync"])
+            self._env = self._lmdb.open(str(folder), map_size=map_size, sync=options["sync"], mode=0o600)
             self._env.reader_check()  # forget readers that were killed: they hold old pages of the file
         except (OSError, self._lmdb.Error) as error:
             raise CommplaneError(f"lmdb: {folder} cannot be opened: {error}") from error

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from commplane.api import StoreContext, StoreUsage
 from commplane.errors import CommplaneError, ConfigError
+from commplane_cache.stores.address import Address
 from commplane_cache.stores.valued import ValuedStore, library
 
 __all__ = ["RedisStore"]
@@ -33,6 +34,7 @@ class RedisStore(ValuedStore):
         retry, backoff = library("redis", "redis.retry", "redis"), library("redis", "redis.backoff", "redis")
         self._error = redis.RedisError
         self._prefix, self._lifetime = options["prefix"].encode(), options["expire"] or None
+        address = Address(options["url"])
         try:
             self._client = redis.Redis.from_url(
                 options["url"],
@@ -43,7 +45,11 @@ class RedisStore(ValuedStore):
             )
             self._client.ping()
         except (redis.RedisError, ValueError, OSError) as error:
-            raise CommplaneError(f"redis: {options['url']} does not answer: {error}; is the server running there?") from error
+            # A logged traceback would show the cause, and Python quotes pieces of an address that it cannot read.
+            why = address.hide(str(error))
+            raise CommplaneError(f"redis: {address.shown} does not answer: {why}; is the server running there?") from (
+                None if address.has_secrets else error
+            )
 
     def _full(self, names: Sequence[bytes]) -> list[bytes]:
         return [self._prefix + name for name in names]
