@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+import traceback
 
 import pytest
 
-from commplane.api import StoreContext
+from commplane.api import StoreContext, owned_name
 from commplane.errors import CommplaneError
 from commplane_cache.bench.servers import mooncake_master, redis_server
 from commplane_cache.stores.fsspec import FsspecStore
@@ -126,6 +128,52 @@ def test_fsspec_forgets_what_a_killed_process_was_writing(tmp_path):
     assert list((tmp_path / "pages" / "unfinished").iterdir()) == []
     assert exists(store, keys_of("killed", 1)).ok == (False,)
     store.close()
+
+
+def test_fsspec_leaves_what_another_host_is_writing_and_removes_it_only_when_it_is_old(tmp_path, monkeypatch):
+    pytest.importorskip("fsspec", reason="wants fsspec: pip install 'commplane-cache[fsspec]'")
+    unfinished = tmp_path / "pages" / "unfinished"
+    unfinished.mkdir(parents=True)
+    name = owned_name("page").rsplit("-", 4)  # kind, place, pid, start, token
+    # The same pid namespace as far as its inode says, and a process that is not there: a host that was booted another time.
+    with monkeypatch.context() as patch:
+        patch.setattr("commplane.api.shm._read_boot_id", lambda: "11111111-2222-4333-8444-555555555555")
+        place = owned_name("page").rsplit("-", 4)[1]
+    theirs, old = (unfinished / "-".join([name[0], place, "4194305", "7", token]) for token in ("aa", "bb"))
+    for file in (theirs, old):
+        file.write_bytes(b"half a page")
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
+    store = opened(FsspecStore(), url=f"file://{tmp_path}/pages")
+    assert list(unfinished.iterdir()) == [theirs]
+    store.close()
+
+
+@pytest.mark.parametrize("store", [LmdbStore, FsspecStore])
+def test_other_users_cannot_read_the_pages_of_a_folder(tmp_path, store):
+    module = store.name
+    pytest.importorskip(module, reason=f"wants {module}: pip install 'commplane-cache[{module}]'")
+    folder = tmp_path / "pages"
+    opened(store(), **({"path": folder} if store is LmdbStore else {"url": f"file://{folder}"})).close()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if store is LmdbStore:
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize(
+    ("store", "url", "shown"),
+    [
+        (RedisStore, "redis://user:s3cret@127.0.0.1:1/0", r"redis: redis://\*\*\*@127.0.0.1:1/0 does not answer: .*refused"),
+        (RedisStore, "redis://:s3cret/s3cret@127.0.0.1:1/0", r"redis: redis://\*\*\*@127.0.0.1:1/0 does not answer: "),
+        (RedisStore, "redis://127.0.0.1:1/0?password=s3cret", r"redis: redis://127.0.0.1:1/0\?\*\*\* does not answer: "),
+        (FsspecStore, "ftp://user:s3cret@127.0.0.1:1/x", r"fsspec: ftp://\*\*\*@127.0.0.1:1/x cannot be used: .*refused"),
+        (FsspecStore, "nosuch://user:s3cret@x", r"fsspec: nosuch://\*\*\*@x cannot be used: ValueError: Protocol not known"),
+    ],
+)
+def test_a_password_in_an_address_is_in_no_error(store, url, shown):
+    pytest.importorskip(store.name, reason=f"wants {store.name}: pip install 'commplane-cache[{store.name}]'")
+    with pytest.raises(CommplaneError, match=shown) as caught:
+        opened(store(), 2.0, url=url)
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_fsspec_says_what_the_file_system_says(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from commplane.api.shm import owned_name, owner
+from commplane.api.shm import is_abandoned, owned_name
 
 __all__ = ["scratch"]
 
@@ -17,8 +17,7 @@ def scratch(parent: Path) -> Iterator[Path]:
     """A new folder in `parent`, whose name says whose it is. Those of demos that have ended are removed first. Local."""
     parent.mkdir(parents=True, exist_ok=True)
     for folder in parent.iterdir():
-        who = owner(folder.name)
-        if who is not None and who.gone:
+        if is_abandoned(folder):
             shutil.rmtree(folder)
     mine = parent / owned_name("cachedemo")
     mine.mkdir()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from commplane.api import StoreContext, StoreUsage
-from commplane.api.shm import owned_name, owner
+from commplane.api.shm import is_abandoned, owned_name
 from commplane.errors import CommplaneError, ConfigError
+from commplane_cache.stores.address import Address
 from commplane_cache.stores.valued import ValuedStore, library
 
 __all__ = ["FsspecStore"]
@@ -32,6 +34,7 @@ class FsspecStore(ValuedStore):
             raise ConfigError("fsspec: wanted an address, found none; set the option url, such as s3://bucket/prefix")
         core = library("fsspec", "fsspec.core", "fsspec")
         self._asyn = library("fsspec", "fsspec.asyn", "fsspec")
+        self._address = Address(options["url"])
         given = {"use_listings_cache": False, **(options["storage_options"] or {})}
         try:
             self._fs, root = core.url_to_fs(options["url"], **given)
@@ -39,19 +42,25 @@ class FsspecStore(ValuedStore):
             self._parts = f"{root.rstrip('/')}/unfinished"
             self._is_local = "file" in ((self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol)
             if self._is_local:
+                Path(root).mkdir(0o700, parents=True, exist_ok=True)  # pages say what was in the prompts
                 self._fs.makedirs(self._parts, exist_ok=True)
                 self._sweep()
             else:
                 self._fs.exists(self._root)  # says now what an address or a password that is wrong would say later
         except Exception as error:  # each file system has errors of its own
-            raise CommplaneError(f"fsspec: {options['url']} cannot be used: {type(error).__name__}: {error}") from error
+            # A logged traceback would show the cause, and libraries quote the address.
+            raise CommplaneError(f"fsspec: {self._address.shown} cannot be used: {self._text_of(error)}") from (
+                None if self._address.has_secrets else error
+            )
 
     def _sweep(self) -> None:
-        """Remove what processes that have ended were writing."""
-        for path in self._fs.ls(self._parts, detail=False):
-            who = owner(path.rpartition("/")[2])
-            if who is not None and who.gone:
-                self._fs.rm_file(path)
+        """Remove what processes that have ended were writing. Of those of other hosts only what is old: they may live."""
+        for path in Path(self._parts).iterdir():
+            try:
+                if is_abandoned(path):
+                    path.unlink(missing_ok=True)
+            except FileNotFoundError:  # it has its name by now, or somebody else removed it
+                continue
 
     def _paths(self, names: Sequence[bytes]) -> list[str]:
         # 256 folders, because a file system does not like millions of files in one.
@@ -79,7 +88,7 @@ class FsspecStore(ValuedStore):
         """See `ValuedStore`."""
         found = self._each("info", self._paths(names))
         for error in _real_errors(found):
-            raise error
+            raise CommplaneError(self._text_of(error)) from None
         return [not isinstance(one, Exception) for one in found]
 
     def values_read(self, names: Sequence[bytes], take: Callable[[int, memoryview], None]) -> str | None:
@@ -88,7 +97,7 @@ class FsspecStore(ValuedStore):
         for index, value in enumerate(found):
             if not isinstance(value, Exception):
                 take(index, memoryview(value))
-        return next((f"{type(error).__name__}: {error}" for error in _real_errors(found)), None)
+        return next((self._text_of(error) for error in _real_errors(found)), None)
 
     def values_write(self, names: Sequence[bytes], values: Sequence[bytearray]) -> Sequence[str | None]:
         """See `ValuedStore`."""
@@ -97,7 +106,8 @@ class FsspecStore(ValuedStore):
             (path, bytes(value)) for path, value, is_there in zip(self._paths(names), values, there, strict=True) if not is_there
         ]
         found = iter(self._each("pipe_file", *zip(*new, strict=True)) if not self._is_local else map(self._write_local, new))
-        return [None if is_there else _text_of(next(found)) for is_there in there]
+        outcomes = [None if is_there else next(found) for is_there in there]
+        return [self._text_of(one) if isinstance(one, Exception) else None for one in outcomes]
 
     def _write_local(self, item: tuple[str, bytes]) -> Exception | None:
         """A file has its name only when it is whole: another process may read it at any time, and this one may be killed."""
@@ -116,7 +126,10 @@ class FsspecStore(ValuedStore):
     def values_remove(self, names: Sequence[bytes]) -> Sequence[str | None]:
         """See `ValuedStore`."""
         found = self._each("rm_file", self._paths(names))
-        return [None if isinstance(one, _NOT_THERE) else _text_of(one) for one in found]
+        return [self._text_of(one) if _is_real_error(one) else None for one in found]
+
+    def _text_of(self, error: Exception) -> str:
+        return f"{type(error).__name__}: {self._address.hide(str(error))}"
 
     def usage(self) -> StoreUsage:
         """Not known without asking."""
@@ -127,8 +140,8 @@ class FsspecStore(ValuedStore):
 
 
 def _real_errors(found: Sequence[Any]) -> list[Exception]:
-    return [one for one in found if isinstance(one, Exception) and not isinstance(one, _NOT_THERE)]
+    return [one for one in found if _is_real_error(one)]
 
 
-def _text_of(result: Any) -> str | None:
-    return f"{type(result).__name__}: {result}" if isinstance(result, Exception) else None
+def _is_real_error(result: Any) -> bool:
+    return isinstance(result, Exception) and not isinstance(result, _NOT_THERE)
