@@ -57,6 +57,7 @@ class Side:
                 engine=engine(),
                 engine_name="shm",
                 capabilities=capabilities,
+                rounds=self.rounds[rank],
                 token=TOKEN,
                 **settings,
             )

@@ -216,6 +216,8 @@ class End(ABC):
         report = Report()
         for change in self.table.settle(agreed):
             room, key = change.room, change.room.key
+            if self._rounds is not None:
+                self._rounds.note(f"room {change.kind}", key.room, key.generation)
             if change.kind == "failed":
                 self._tend(room, self._clock())
             elif change.kind == "success":
