@@ -15,7 +15,7 @@ from commplane.testing import SimulatedRounds
 from commplane_disagg.ends import Address, DecodeEnd, PrefillEnd, PrefillReplica, Report
 from commplane_disagg.ends.card import encode_card
 from commplane_disagg.ranks import Grid, Kv, holding
-from commplane_disagg.rooms import ROOMS, Key, Status
+from commplane_disagg.rooms import CAPACITY, ROOMS, Key, Status
 
 ROW = struct.Struct("<qqqq")
 KV = Kv(layers=2, heads=2)
@@ -81,6 +81,7 @@ class Replica:
                 has_ended=network.has_ended,
             )
             end.network = network
+            end.table._slots = [None] * self.world.places
             self.pools.append(end.open())
             end.engine.instance = end.identity.instance
             network.engines[end.identity.instance] = end.engine
@@ -113,11 +114,20 @@ class Replica:
 class World:
     """Everything, and what is checked: see `alike`, `take`, `landing` and `settle_down`."""
 
-    def __init__(self, seed: int, prefill: list[Grid], decode: list[Grid], *, quiet: bool = True, faults: float = 0.02) -> None:
+    def __init__(
+        self,
+        seed: int,
+        prefill: list[Grid],
+        decode: list[Grid],
+        *,
+        quiet: bool = True,
+        faults: float = 0.02,
+        places: int = CAPACITY,
+    ) -> None:
         self.network = Network(seed)
         self.network.landed = self.landing
         self.random = self.network.random
-        self.quiet, self.faults = quiet, faults
+        self.quiet, self.faults, self.places = quiet, faults, places
         self.prefill = [Replica(self, f"p{i}", SimPrefill, grid) for i, grid in enumerate(prefill)]
         self.decode = [Replica(self, f"d{i}", SimDecode, grid) for i, grid in enumerate(decode)]
         self.generations: dict[int, int] = {}
@@ -248,14 +258,18 @@ class World:
                     self.counts["aborted"] += 1
                     end.abort(room.key.room, generation=room.key.generation, why="nobody waits for it")
         elif kind < 0.6:
-            for wire in list(self.network.channels[end.name].wires.values()):
-                self.counts["broken"] += 1
-                wire.cut(None)
+            self.cut(end)
         elif kind < 0.85:
             self.counts["paused"] += 1
             replica.paused = self.random.choice((5, 60, 400))
         else:
             self.restart(replica)
+
+    def cut(self, end: Any) -> None:
+        """All connections of an end break, and some of what is on its way, acknowledgements too, is lost."""
+        for wire in list(self.network.channels[end.name].wires.values()):
+            self.counts["broken"] += 1
+            wire.cut(None)
 
     def restart(self, replica: Replica) -> None:
         """All processes of a replica die, one is enough for that, and are started again under their names."""

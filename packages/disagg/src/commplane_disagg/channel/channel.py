@@ -21,6 +21,9 @@ __all__ = ["Channel", "Down", "Event", "Said", "Up", "bind"]
 _ACCEPTS = 128
 """Connections that one `poll` takes at most."""
 
+_UNUSABLE = (OSError, ValueError, OverflowError)
+"""What an address raises that is none: ValueError for a name that cannot be encoded, as UnicodeError or for a null in it."""
+
 
 @dataclass(frozen=True)
 class Up:
@@ -71,7 +74,7 @@ def bind(host: str, port: int = 0) -> socket.socket:
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(family, kind, proto)
-    except OSError as error:
+    except _UNUSABLE as error:
         raise ConfigError(f"channel: {host} cannot be used as an address: {error}") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -228,7 +231,7 @@ class Channel:
             try:
                 family, kind, proto, _, address = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)[0]
                 sock = socket.socket(family, kind, proto)
-            except OSError as error:
+            except _UNUSABLE as error:
                 target.why = f"{target.host} port {target.port}: {error}"
                 continue
             sock.setblocking(False)

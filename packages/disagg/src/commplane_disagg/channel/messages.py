@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from commplane.errors import CommplaneError
 
 __all__ = [
+    "MOST_NUMBER",
     "VERSION",
     "Abort",
     "Ack",
@@ -38,9 +39,13 @@ __all__ = [
 
 VERSION = 1
 
+MOST_NUMBER = (1 << 63) - 1
+"""The greatest number, and the greatest generation, of a room."""
+
 _Name = Annotated[str, Meta(min_length=1, max_length=128)]
 _Text = Annotated[str, Meta(max_length=512)]
-_Room = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+_Room = Annotated[int, Meta(ge=0, le=MOST_NUMBER)]
+_Generation = Annotated[int, Meta(ge=0, le=MOST_NUMBER)]
 _Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 _Proof = Annotated[bytes, Meta(max_length=32)]
 _Nonce = Annotated[bytes, Meta(min_length=16, max_length=64)]
@@ -127,7 +132,7 @@ class Want(Struct, frozen=True, tag="want"):
     """
 
     room: _Room
-    generation: _Count
+    generation: _Generation
     length: _Count
     pages: Annotated[list[_Count], Meta(max_length=1 << 20)] = []
 
@@ -136,7 +141,7 @@ class Written(Struct, frozen=True, tag="written"):
     """Prefill to decode: every byte that I owe to this room is in your pool, and I write nothing more for it."""
 
     room: _Room
-    generation: _Count
+    generation: _Generation
     pages: _Count = 0
 
 
@@ -144,7 +149,7 @@ class Ack(Struct, frozen=True, tag="ack"):
     """Decode to prefill: all my writers are done."""
 
     room: _Room
-    generation: _Count
+    generation: _Generation
 
 
 class Failed(Struct, frozen=True, tag="failed"):
@@ -157,7 +162,7 @@ class Failed(Struct, frozen=True, tag="failed"):
     """
 
     room: _Room
-    generation: _Count
+    generation: _Generation
     reason: _Count
     origin: _Name
     text: _Text = ""
@@ -167,7 +172,7 @@ class Abort(Struct, frozen=True, tag="abort"):
     """Decode to prefill: give this room up and say `Drained` once no write can land any more. Fields as in `Failed`."""
 
     room: _Room
-    generation: _Count
+    generation: _Generation
     reason: _Count
     origin: _Name
     text: _Text = ""
@@ -180,7 +185,7 @@ class Drained(Struct, frozen=True, tag="drained"):
     """
 
     room: _Room
-    generation: _Count
+    generation: _Generation
     clean: bool
 
 

@@ -57,6 +57,6 @@ def _is_free(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except (PermissionError, OverflowError):  # the latter: of no process that there could be, so nothing is proved
         return False
     return False

@@ -46,6 +46,12 @@ class PrefillReplica:
         missing = sorted(set(range(self.grid.size)) - self.ranks.keys())
         if missing:
             raise ConfigError(f"prefill replica: {self.grid.size} ranks want an address, ranks {missing} have none")
+        named: dict[str, list[int]] = {}
+        for rank, address in sorted(self.ranks.items()):
+            named.setdefault(address.name, []).append(rank)
+        for name, ranks in named.items():
+            if len(ranks) > 1:  # one of them would be waited for, and the others not
+                raise ConfigError(f"prefill replica: ranks {ranks} are all named {name!r}; give each end a name of its own")
 
 
 @dataclass(eq=False)
@@ -163,6 +169,10 @@ class DecodeEnd(End):
             elif room.is_failing:
                 sender.told = False
                 self._give_up(room)
+            elif (
+                room.local is Status.SUCCESS
+            ):  # prefill may have ended the room: it is asked for nothing, and hears this at most twice
+                self._send(peer, Ack(room.key.room, room.key.generation))
             else:
                 self._want(room, sender, peer)
                 self._tend(room, self._clock())

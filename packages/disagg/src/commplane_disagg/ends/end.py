@@ -12,9 +12,9 @@ import msgspec
 
 from commplane.api import Agreed, SyncRound
 from commplane.api.transfer import Moved, TransferContext, TransferEngine
-from commplane.errors import CommplaneError, UnsupportedOperation
+from commplane.errors import CommplaneError, PeerError, UnsupportedOperation
 from commplane_disagg.channel import Channel, Down, Event, Identity, Said, Up, bind, has_ended
-from commplane_disagg.channel.messages import Ended, Inquire, Message
+from commplane_disagg.channel.messages import MOST_NUMBER, Ended, Inquire, Message
 from commplane_disagg.ends.card import Card, decode_card, encode_card
 from commplane_disagg.ends.layout import KvLayout
 from commplane_disagg.ends.peers import Peer, Peers
@@ -106,6 +106,7 @@ class End(ABC):
         self._channel: Channel | None = None
         self._deadlines: dict[Key, float] = {}
         self._drain_until: dict[Key, float] = {}
+        self._aborts: dict[Key, str] = {}
         self._closed = False
         self._begin()
 
@@ -172,7 +173,8 @@ class End(ABC):
 
         Raises:
             MismatchError: the ranks of the replica opened different rooms, or are at different steps.
-            PeerError: a rank of the replica is missing in the round.
+            PeerError: a rank of the replica is missing in the round, or did not open a room that this rank did, `lost_after` past
+                its deadline.
         """
         votes = self.votes(timeout)
         agreed: Agreed
@@ -192,6 +194,13 @@ class End(ABC):
         Every `votes` is followed by a `settle` with what was agreed, also if that comes a step later. ``table.digest`` goes into
         the round's digest.
         """
+        self._look_for_others()
+        # Not earlier: what was given to the last round could have been the success of the room, and peers may know.
+        for key, why in self._aborts.items():
+            given_up = self.table.get(key)
+            if given_up is not None:
+                self._fail(given_up, Reason.ABORTED, why)
+        self._aborts.clear()
         for event in self.channel.poll(timeout):
             self._event(event)
         for moved in self.engine.poll(0.0):
@@ -237,11 +246,12 @@ class End(ABC):
     def abort(self, room: int, *, generation: int = 0, why: str = "the engine gave it up") -> None:
         """Give a room up on this rank, and so on all ranks of both sides. Local, at any time; a room that has ended stays ended.
 
-        The room fails with the next step; its pages come back as those of any failed room.
+        The room fails with the next step, unless the ranks were about to agree that it succeeded; its pages come back as those of
+        any failed room.
         """
         found = self.table.get(Key(room, generation))
         if found is not None:
-            self._fail(found, Reason.ABORTED, why)
+            self._aborts[found.key] = why
 
     def status(self, room: int, *, generation: int = 0) -> Status | None:
         """What the group agreed on; None for a room that is not known, or was released."""
@@ -351,9 +361,23 @@ class End(ABC):
         )
 
     def _open_room(self, room: int, generation: int, timeout: float | None) -> Room:
+        for what, number in (("room", room), ("generation", generation)):
+            if not 0 <= number <= MOST_NUMBER:  # the peer could not read it, and would break the connection of all rooms
+                raise CommplaneError(f"{self.name} room {room}: {what} {number} cannot be sent, wanted 0 to {MOST_NUMBER}")
         found = self.table.open(Key(room, generation))
         self._deadlines[found.key] = self._clock() + (self._timeout if timeout is None else timeout)
         return found
+
+    def _look_for_others(self) -> None:
+        """Nothing can be agreed on about a room that another rank of the replica does not open."""
+        now = self._clock()
+        for room in self.table.alone():
+            late = now - self._deadlines[room.key]
+            if late >= self._lost_after:
+                raise PeerError(
+                    f"{self.name} {room.key} is open on this rank, and not on all ranks of the replica {late:.1f} s after its "
+                    f"deadline; open the same rooms in the same order on every rank, and start the replica again"
+                )
 
     def _fail(self, room: Room, reason: Reason, text: str, origin: str | None = None) -> None:
         if room.fail(Cause(reason, origin or self.name, text)):
@@ -363,7 +387,8 @@ class End(ABC):
         if room.status is Status.RELEASED:
             return
         if not room.is_failing:
-            if room.status < Status.SUCCESS and now >= self._deadlines[room.key]:
+            # A rank that has everything has told its peers so: it waits for the others of its group, which have their deadlines.
+            if room.local < Status.SUCCESS and now >= self._deadlines[room.key]:
                 room.fail(Cause(Reason.TIMEOUT, self.name, f"its deadline passed; {self._missing(room)}"))
             else:
                 self._progress(room)

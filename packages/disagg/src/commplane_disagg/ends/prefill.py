@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from commplane.api.transfer import Moved
 from commplane.errors import CommplaneError
+from commplane_disagg.channel import Identity
 from commplane_disagg.channel.messages import Abort, Ack, Drained, Failed, Message, Want, Written
 from commplane_disagg.ends.end import End
 from commplane_disagg.ends.layout import copies
@@ -19,6 +20,9 @@ from commplane_disagg.rooms import Cause, Key, Reason, Room, Status
 __all__ = ["PrefillEnd"]
 
 _V = TypeVar("_V")
+
+_PAUSE, _MOST_PAUSE = 15.0, 120.0
+"""Seconds, at first and at most, for which a peer is not tried again that the engine could not connect to."""
 
 _EARLY = 1 << 14
 """Rooms that decode asked for or gave up before they were opened here, that are remembered."""
@@ -53,6 +57,21 @@ class _Receiver:
     drained: bool = False
 
 
+@dataclass(frozen=True)
+class _Unreachable:
+    """A peer that the engine could not connect to: everybody waited for that, so its rooms fail at once until it is tried again.
+
+    Attributes:
+        again: when, by the end's clock.
+        pause: seconds from the last try to the next.
+    """
+
+    peer: Peer
+    why: str
+    again: float
+    pause: float
+
+
 @dataclass(eq=False)
 class _Sending:
     """What an open room holds: this rank's pages so far, whether these are all, and the decode ranks by number."""
@@ -75,7 +94,8 @@ class PrefillEnd(End):
 
     def _begin(self) -> None:
         self._wants: OrderedDict[Key, dict[str, tuple[Peer, Want]]] = OrderedDict()
-        self._aborted: OrderedDict[Key, Cause] = OrderedDict()
+        self._aborted: OrderedDict[Key, dict[Identity, tuple[int, Cause]]] = OrderedDict()
+        self._unreachable: dict[str, _Unreachable] = {}
         self._tickets: dict[int, tuple[Room, _Receiver]] = {}
         self._connected: dict[str, Peer] = {}
         self._stale: set[str] = set()  # peers that a transfer to failed: they are connected to again before the next
@@ -94,14 +114,16 @@ class PrefillEnd(End):
         found = self._open_room(room, generation, timeout)
         found.data = _Sending()
         found.advance(Status.BOOTSTRAPPING)
-        early = self._aborted.pop(found.key, None)
+        early = self._aborted.pop(found.key, {})
         wants = self._wants.pop(found.key, {})
         for key in [k for k in self._wants if k.room == room and k.generation < generation]:
             del self._wants[key]
-        if early is not None:
-            found.fail(early)
         for peer, want in wants.values():
             self._attach(found, peer, want)
+        for rank, cause in early.values():
+            if self._may_give_up(found, rank):
+                found.fail(cause)
+        self._tend(found, self._clock())
 
     def send(
         self, room: int, pages: Sequence[int], *, last: bool = True, generation: int = 0, timeout: float | None = None
@@ -139,7 +161,19 @@ class PrefillEnd(End):
         self._tend(found, self._clock())
 
     def _up(self, peer: Peer) -> None:
-        """The decode end says again what it wants, and hears then where its rooms are."""
+        # A decode end says again what it still wants; of a room that has ended there it says nothing, and its acknowledgement may
+        # be lost. Both are asked for by saying again what was said.
+        self._unreachable.pop(peer.identity.name, None)
+        for room in list(self.table.rooms.values()):
+            receiver = self._receiver(peer, room.key)
+            if receiver is None or receiver.acked:
+                continue
+            if room.is_failing:
+                receiver.told = receiver.drained = False
+                self._give_up(room)
+            else:
+                receiver.written = False
+                self._progress(room)
 
     def _said(self, peer: Peer, message: Message) -> None:
         if isinstance(message, Want):
@@ -147,7 +181,7 @@ class PrefillEnd(End):
             room = self.table.get(key)
             if room is not None:
                 self._attach(room, peer, message)
-            elif self.table.ended(key) is not None or key in self._aborted:
+            elif self.table.ended(key) is not None or peer.identity in self._aborted.get(key, {}):
                 self._turn_away(peer, key, self.table.epitaph(key) or self._refusal("this generation of the room is over"))
             else:
                 _remember(self._wants, key, self._wants.get(key, {})).update({peer.identity.name: (peer, message)})
@@ -155,6 +189,9 @@ class PrefillEnd(End):
             receiver = self._receiver(peer, Key(message.room, message.generation))
             if receiver is None or not receiver.written:
                 self.late += 1
+                epitaph = self.table.epitaph(Key(message.room, message.generation))
+                if epitaph is not None:  # it failed here, and that was lost
+                    self._turn_away(peer, Key(message.room, message.generation), epitaph)
             else:
                 receiver.acked = True
                 self._tend(self.table.rooms[message.room], self._clock())
@@ -168,22 +205,28 @@ class PrefillEnd(End):
         room = self.table.get(key)
         cause = Cause(_reason(message.reason), message.origin, message.text)
         if room is None:
-            self._wants.pop(key, None)
+            wants = self._wants.get(key, {})
+            if wants.pop(peer.identity.name, None) is not None and not wants:
+                del self._wants[key]
             if self.table.ended(key) is None:
-                _remember(self._aborted, key, cause)
+                _remember(self._aborted, key, self._aborted.get(key, {}))[peer.identity] = peer.card.rank, cause
             self._send(peer, Drained(key.room, key.generation, clean=True))
             return
         receiver = self._receiver(peer, key)
         if receiver is None:
             self._send(peer, Drained(key.room, key.generation, clean=True))
-            expected = _sending(room).expected
-            if expected is not None and (peer.card.rank not in expected or peer.card.rank in _sending(room).receivers):
-                return  # of another replica that took the same number: not its room to give up
+            if not self._may_give_up(room, peer.card.rank):
+                return
         room.fail(cause)
         if receiver is not None:
             receiver.told = True
             receiver.drained = False
         self._give_up(room)
+
+    def _may_give_up(self, room: Room, rank: int) -> bool:
+        """Whether a decode rank that is no receiver may be one of the room's, and not of a replica that took the same number."""
+        sending = _sending(room)
+        return sending.expected is None or (rank in sending.expected and rank not in sending.receivers)
 
     def _attach(self, room: Room, peer: Peer, want: Want) -> None:
         sending, rank, key = _sending(room), peer.card.rank, room.key
@@ -288,7 +331,16 @@ class PrefillEnd(End):
             self.engine.disconnect(name)
         self._connected.pop(name, None)
         self._stale.discard(name)
-        self.engine.connect(name, peer.card.metadata)
+        before = self._unreachable.get(name)
+        if before is not None and before.peer is peer and self._clock() < before.again:
+            raise CommplaneError(before.why)
+        try:
+            self.engine.connect(name, peer.card.metadata)
+        except CommplaneError as error:
+            pause = min(_MOST_PAUSE, 2 * before.pause) if before is not None and before.peer is peer else _PAUSE
+            self._unreachable[name] = _Unreachable(peer, str(error), self._clock() + pause, pause)
+            raise
+        self._unreachable.pop(name, None)
         self._connected[name] = peer
 
     def _moved(self, moved: Moved) -> None:
@@ -327,6 +379,7 @@ class PrefillEnd(End):
                 self._fail(room, Reason.PEER_LOST, f"{peer.identity.name} is lost: {why}")
 
     def _died(self, peer: Peer) -> None:
+        self._unreachable.pop(peer.identity.name, None)
         if self._connected.get(peer.identity.name) is peer:
             del self._connected[peer.identity.name]
             self.engine.disconnect(peer.identity.name)
