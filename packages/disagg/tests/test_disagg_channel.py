@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -362,3 +363,21 @@ def test_a_process_has_ended_only_when_that_is_proved() -> None:
     finally:
         child.kill()
         child.wait()
+
+
+@pytest.mark.parametrize("pid", [1 << 31, 1 << 40, 1 << 53])
+def test_of_a_pid_that_no_process_has_nothing_is_proved(pid: int) -> None:
+    assert not has_ended(msgspec.structs.replace(identity("x"), pid=pid))
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example", "\ud800"])
+def test_a_host_that_is_no_name_is_the_trouble_of_that_peer_alone(ends: Ends, host: str) -> None:
+    d = ends.make("d")
+    d.dial("nobody", host, 5000)
+    p = ends.make("p", listens=True)
+    assert p.address is not None
+    d.dial("p", *p.address)
+    ends.until(lambda: d.is_up("p"))
+    assert "port 5000: " in d.trouble("nobody") and not d.is_up("nobody")
+    with pytest.raises(ConfigError, match="cannot be used as an address"):
+        bind(host)
