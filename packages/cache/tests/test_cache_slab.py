@@ -6,10 +6,12 @@ import mmap
 import os
 import random
 import struct
+import threading
 
 import pytest
 
 from commplane.errors import CommplaneError
+from commplane_cache.stores.slab import snapshot
 from commplane_cache.stores.slab.file import DIRECT_ALIGNMENT, SlotFile
 from commplane_cache.stores.slab.log import Log
 from commplane_cache.stores.slab.record import HEADER_BYTES, RECORD_BYTES, Header, Record, free_record, put_record, records
@@ -294,6 +296,23 @@ def test_slots_are_never_lost_nor_given_twice():
     for slot in writing:
         slots.release(slot)
     assert sorted(slot for slot, _ in slots.take(capacity + 5)) == list(range(capacity))
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_a_copy_in_pieces_has_every_page_once_in_the_order_of_use(monkeypatch, at_once):
+    monkeypatch.setattr(snapshot, "_SLOTS_AT_ONCE", at_once)
+    draw, slots = random.Random(8), Slots(40)
+    assert list(snapshot.in_order(slots, threading.Lock())) == []
+    slots.restore([Record(slot, b"old %d" % slot, slot + 2**63) for slot in draw.sample(range(60), 30)])
+    assert list(snapshot.in_order(slots, threading.Lock())) == list(slots.items())
+    for step in range(300):
+        for slot, _ in slots.take(draw.randrange(3)):
+            slots.commit(b"%d %d" % (step, slot), slot, step)
+        names = [name for name, _, _ in slots.items()]
+        slots.use(draw.choice(names))
+        if draw.random() < 0.5:
+            slots.release(slots.drop(draw.choice(names)))
+        assert list(snapshot.in_order(slots, threading.Lock())) == list(slots.items())
 
 
 def pages(count, nbytes, offset=0):

@@ -15,7 +15,7 @@ import pytest
 
 from commplane.api import StoreContext
 from commplane.errors import CommplaneError, CommplaneWarning
-from commplane_cache.stores.slab import SlabStore
+from commplane_cache.stores.slab import SlabStore, snapshot
 from commplane_cache.stores.slab.record import HEADER_BYTES, RECORD_BYTES
 from commplane_conformance.pages.book import blank, end, get, keys_of, page_of, put, remove
 
@@ -61,9 +61,9 @@ def test_a_forked_child_does_not_keep_the_folder(tmp_path):
 store = opened(sys.argv[1])
 child = os.fork()
 if child == 0:
+    print(os.getpid(), flush=True)  # it has come out of the fork
     time.sleep(30)
     os._exit(0)
-print(child, flush=True)
 sys.stdin.read()
 """
     parent = in_process(f"exec({code!r})", tmp_path)
@@ -333,6 +333,49 @@ def test_the_log_stays_small_however_often_pages_come_and_go(tmp_path):
     store.close()
     store = opened(tmp_path, nbytes=16, capacity_pages=64)
     assert all(get(store, keys_of("round 399", 48), 16).ok)
+    store.close()
+
+
+def test_pages_are_asked_for_used_and_forgotten_while_the_log_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "_SLOTS_AT_ONCE", 16)
+    keys, store = keys_of("copied", 100), opened(tmp_path, nbytes=16, capacity_pages=100, threads=1)
+    assert all(put(store, keys, 16).ok)
+    for _ in range(60):  # history
+        assert all(remove(store, keys[80:]).ok)
+        assert all(put(store, keys[80:], 16).ok)
+    told, lock, length = [], store._lock, store._log.records
+    monkeypatch.setattr(store._log, "is_mostly_history", lambda alive: True)
+
+    class Between:
+        """The lock of the slots; what the scheduler and another worker do while it is free between two pieces."""
+
+        def __enter__(self):
+            lock.acquire()
+
+        def __exit__(self, *_):
+            lock.release()
+            if len(told) < 5:
+                store._lock = lock
+                store.submit_exists(keys[-3:])  # answered at once, in memory
+                told.extend(done.ok for done in store.poll())
+                with lock:
+                    slot, _ = store._slots.pin(store._namespace + keys[len(told)])
+                    store._slots.unpin(slot)
+                    store._slots.drop(store._namespace + keys[-len(told)])
+                store._lock = self
+
+    store._lock = Between()
+    store._shorten_log()
+    store._lock = lock
+    assert store._log.records <= 100 < length
+    assert told == [(True,) * 3, (True, True, False), (True, False, False), (False,) * 3, (False,) * 3]
+    (tmp_path / "copy").mkdir()
+    for name in ("index", "pages"):  # as after a kill at this moment
+        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
+    store.close()
+    store = opened(tmp_path / "copy", nbytes=16, capacity_pages=100)
+    assert all(get(store, keys[:95], 16).ok)  # what was dropped may be there or not, and is whole if it is
+    get(store, keys[95:], 16)
     store.close()
 
 

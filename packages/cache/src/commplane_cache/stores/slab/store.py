@@ -29,6 +29,7 @@ from commplane_cache.stores.slab.lock import FolderLock
 from commplane_cache.stores.slab.log import Log, sync_folder
 from commplane_cache.stores.slab.record import Header, Record, free_record, put_record
 from commplane_cache.stores.slab.slots import Slots
+from commplane_cache.stores.slab.snapshot import in_order
 from commplane_cache.stores.threaded import ThreadedStore
 
 __all__ = ["SlabStore"]
@@ -249,9 +250,8 @@ class SlabStore(ThreadedStore):
     def _shorten_log(self) -> None:
         with self._log_lock:
             if self._log.is_mostly_history(len(self._slots)):
-                with self._lock:
-                    alive = list(self._slots.items())
-                self._log.rewrite(alive)
+                # Nobody commits while we have the log; who drops a page meanwhile says so in it after us.
+                self._log.rewrite(in_order(self._slots, self._lock))
 
     def do_shut(self) -> None:
         """See `ThreadedStore`."""
