@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
+from commplane.api import StoreDone, SyncField
 from commplane.errors import CommplaneError, ConfigError
 from commplane.testing import SimulatedRounds
 from commplane_cache.agreed import cache_sync_spec
@@ -202,6 +204,66 @@ def test_closing_waits_for_storage_and_says_when_it_does_not_end():
         rank.cache.close(timeout=0.02)
 
 
+def test_closing_waits_for_copies_and_says_when_they_do_not_end():
+    class Copy:
+        left = 3
+
+        def query(self):
+            self.left -= 1
+            return self.left < 0
+
+    copy = Copy()
+    rank = OneRank()
+    rank.cache._residency._copier.to_host = lambda device, host: copy
+    rank.serve(range(20))
+    assert rank.cache.busy
+    rank.cache.close()
+    assert copy.left < 0
+    rank.settle()
+    rank.serve(range(50, 62))
+    copy.left = 1 << 60
+    with pytest.raises(CommplaneError, match=r"1 copies between device and host have not ended within 0\.02 s"):
+        rank.cache.close(timeout=0.02)
+
+
+@pytest.mark.parametrize("length", [0, 2, 9])
+@pytest.mark.parametrize("what", ["exists", "get", "put"])
+def test_a_store_that_answers_for_another_number_of_pages_has_failed(what, length):
+    class Short(SeededStore):
+        def poll(self, timeout=0.0):
+            return [StoreDone(d.ticket, (True,) * length, "gone") if d.ticket in wrong else d for d in super().poll(timeout)]
+
+    wrong = set()
+    store = Short(delay=1)
+    first = OneRank(store=store)
+    submit = getattr(store, f"submit_{what}")
+
+    def noted(*given):
+        wrong.add(ticket := submit(*given))
+        return ticket
+
+    setattr(store, f"submit_{what}", noted)
+    assert first.serve(range(20)) == 5
+    first.settle()
+    if what == "put":
+        failed = first
+        assert first.cache.counters.storage.failed == 5
+        assert not any(node.stored for node in first.cache.tree.nodes())
+    else:
+        failed = OneRank(store=store, prefetch="wait_complete")
+        assert failed.serve(range(20)) == 5, "nothing came from storage"
+    assert failed.cache.storage_error == f"the store answered for {length} of 5 pages: gone"
+
+
+def test_rounds_that_carry_other_fields_are_refused_when_the_cache_is_made():
+    rounds = SimpleNamespace(fields={f"cache.{f.name}": f for f in cache_sync_spec(4).fields})
+    with pytest.raises(ConfigError, match=r"these differ: cache.level, cache.pages, .*specs=\[\"cache\"\]"):
+        PrefixCache(rounds, 4)
+    rounds.fields = {f"cache.{f.name}": f for f in cache_sync_spec().fields} | {"disagg_rooms.status": SyncField("status", "min")}
+    with pytest.raises(ConfigError, match=r"these differ: disagg_rooms.status; make them"):
+        PrefixCache(rounds, 4)
+
+
 def test_memory_may_be_a_tensor_of_any_dtype():
     device, host = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(6, 8, dtype=torch.bfloat16)
     copier = FlatCopier(device, host, 16)
@@ -241,4 +303,4 @@ def test_prometheus_gets_every_counter_with_its_tier():
 def test_the_wheel_registers_the_fields_of_the_round():
     (spec,) = commplane_register_cache_sync()
     assert spec == cache_sync_spec()
-    assert [f.name for f in spec.fields] == ["free", "ended", "good", "pages", "level", "stop"]
+    assert [f.name for f in spec.fields] == ["free", "ended", "good", "queued", "pages", "level", "stop"]

@@ -110,6 +110,7 @@ def test_best_effort_takes_what_all_have_when_the_request_is_wanted(n):
     group.end("get", ranks=range(1, n))  # the others are ahead of rank 0
     group.step()
     assert not group.check("a")
+    group.step()
     assert group.all(lambda c: c.can_terminate_prefetch("a"))
     group.step()
     assert group.check("a")
@@ -120,8 +121,9 @@ def test_best_effort_does_not_wait_for_an_answer():
     group = Group(2, prefetch="best_effort")
     group.prefetch("a", PROMPT)
     group.step()
-    assert group.check("a")
+    assert not group.check("a")
     group.step()
+    assert group.check("a")
     assert group.caches[0].busy, "storage still owes an answer"
     group.end("exists")
     group.step()
@@ -206,12 +208,24 @@ def test_an_abort_after_the_end_leaves_the_pages_in_the_tree():
     assert group.check("a")
 
 
-def test_an_aborted_request_that_waits_for_a_slot_is_dropped_when_it_gets_one():
+def test_an_aborted_request_that_waits_for_a_slot_is_dropped_when_all_ranks_have_heard_of_it():
+    group = Group(2, prefetch="wait_complete", prefetch_slots=2)
+    for i in range(3):
+        group.prefetch(i, [i, *PROMPT])
+    group.caches[1].release_aborted_request(2)
+    group.step(2)
+    assert group.state(2) is State.QUEUED
+    group.caches[0].release_aborted_request(2)
+    group.step()
+    assert group.state(2) is None
+
+
+def test_an_aborted_request_that_gets_a_slot_first_is_dropped_there():
     group = Group(2, prefetch="wait_complete", prefetch_slots=2)
     for i in range(3):
         group.prefetch(i, [i, *PROMPT])
     assert group.state(2) is State.QUEUED
-    group.all(lambda c: c.release_aborted_request(2))
+    group.caches[0].release_aborted_request(2)
     group.end("exists", 0)
     group.step(2)
     group.end("exists", 0)
@@ -234,7 +248,7 @@ def test_more_prefetches_than_slots_wait_in_the_order_of_their_calls():
 
 
 @pytest.mark.parametrize("pipelined", [False, True])
-def test_a_timeout_ends_also_what_never_got_a_slot_in_the_order_in_which_it_was_wanted(pipelined):
+def test_a_timeout_ends_also_what_never_got_a_slot(pipelined):
     group = Group(2, prefetch="timeout", prefetch_slots=2, timeout_base=5.0, timeout_per_1024_tokens=0.0, pipelined=pipelined)
     for i in range(5):
         group.prefetch(i, [i, *PROMPT])
@@ -278,6 +292,63 @@ def test_the_prefix_that_a_prefetch_follows_stays_in_the_tree():
     group.end("get")
     group.step()
     assert group.known(PROMPT) == (0, 6)
+
+
+@pytest.mark.parametrize("prefetch", ["best_effort", "wait_complete", "timeout"])
+def test_a_rank_may_ask_and_abort_when_its_peers_do_not(prefetch):
+    group = loading(3, prefetch=prefetch, timeout_base=0.0, timeout_per_1024_tokens=0.0)
+    group.prefetch("queued", [7, *PROMPT])
+    for rank in (0, 2):
+        assert not group.caches[rank].check_prefetch_progress("a")
+        group.step()
+        assert group.state("a") is State.LOADING, "one rank does not wait for it yet"
+    group.caches[0].release_aborted_request("a")
+    assert not group.caches[1].check_prefetch_progress("a")
+    group.step()
+    assert [c.check_prefetch_progress("a") for c in group.caches[1:]] == [True, True], "dropped on all"
+    group.caches[2].release_aborted_request("a")
+    group.end("get")
+    group.step(2)
+    assert group.owned("host", "moving") == [0] * 3
+
+
+def test_a_name_that_is_used_again_means_the_new_prefetch_while_the_old_one_still_writes():
+    group = loading(2, prefetch="best_effort")
+    group.check("a")
+    group.step(2)
+    assert group.state("a") is State.COMMITTED
+    assert group.caches[1].check_prefetch_progress("a")  # told there, and not on rank 0
+    assert group.prefetch("a", [7, *PROMPT])
+    assert group.state("a") is State.QUERYING
+    group.end("get")
+    group.step()
+    assert group.state("a") is State.QUERYING
+    group.end("exists", 0)
+    group.step()
+    assert group.check("a")
+
+
+def test_an_old_prefetch_that_was_aborted_does_not_take_the_name_from_a_new_one():
+    group = loading(2, prefetch="best_effort")
+    group.check("a")
+    group.step(2)
+    assert group.state("a") is State.COMMITTED
+    group.all(lambda c: c.release_aborted_request("a"))
+    assert group.prefetch("a", [7, *PROMPT])
+    group.step()
+    assert group.state("a") is State.QUERYING
+    assert not group.check("a")
+
+
+def test_more_that_wait_than_a_round_has_room_for_have_their_turns():
+    group = Group(2, prefetch="timeout", prefetch_slots=2, timeout_base=1.0)
+    for i in range(9):
+        group.prefetch(i, [i, *PROMPT])
+    for i in (3, 6, 8):
+        group.check(i)
+    group.clocks = [99.0, 99.0]
+    group.step(4)
+    assert [i for i in range(2, 9) if group.state(i) is State.REVOKED] == [3, 6, 8]
 
 
 def test_the_four_operations_run_no_round():

@@ -30,6 +30,13 @@ def test_groups_of_any_size_stay_equal(ranks):
     assert outcome.counters["host"]["moved"] > 0
 
 
+@pytest.mark.parametrize("seed", [0, 6, 36, 42])
+def test_ranks_that_ask_and_abort_at_different_steps_stay_equal(seed):
+    faults = Faults(delay=6, copy=0.1)
+    scenario = Scenario(ranks=4, steps=250, seed=seed, arrive=0.4, abort=0.3, host=24, check_every=5, faults=faults)
+    assert simulate(scenario, SimulatedRounds).counters["aborted"] > 5
+
+
 def test_64_ranks_stay_equal():
     simulate(Scenario(ranks=64, steps=100, seed=33, check_every=50), SimulatedRounds)
 
@@ -55,6 +62,7 @@ def test_a_rank_that_decides_alone_is_found(mistake):
             seed=seed,
             arrive=0.4,
             abort=0.3,
+            host=24,  # so small that much comes from storage, and is aborted on its way
             check_every=5,
             faults=Faults(delay=6, copy=0.1),
             mistake=MISTAKES[mistake],

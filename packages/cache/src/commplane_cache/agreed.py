@@ -6,8 +6,10 @@ Everything that a rank may find another way than its peers is in here, and only 
     min: free pages on the device and on the host. What a rank has beyond that it does not use.
 ``ended``, ``good``
     min: for copies to the host, copies to the device and writes to storage: how many from the head of the queue have ended, and
-    how many of these, before the first failure, went well. ``ended`` has one more: how many of the prefetches that still wait
-    for a slot may end, from the one that was wanted first.
+    how many of these, before the first failure, went well.
+``queued``
+    min, one a prefetch: 1 it may end, though it still waits for a slot. There is room for as many as there are slots; where
+    more wait, they have their turns.
 ``pages``
     min, one a prefetch: the hit (-1: no answer yet) while it queries, then pages read without a gap.
 ``level``
@@ -20,11 +22,13 @@ from __future__ import annotations
 
 from commplane.api import Agreed, SyncField, SyncSpec, Vote
 
-__all__ = ["ENDED", "FREE", "GOOD", "LEVEL", "PAGES", "SLOTS", "STOP", "cache_sync_spec", "vector"]
+__all__ = ["ENDED", "FREE", "GOOD", "LEVEL", "PAGES", "QUEUED", "SLOTS", "STOP", "cache_sync_spec", "vector"]
 
 SLOTS = 16
 
-FREE, ENDED, GOOD, PAGES, LEVEL, STOP = (f"cache.{name}" for name in ("free", "ended", "good", "pages", "level", "stop"))
+FREE, ENDED, GOOD, QUEUED, PAGES, LEVEL, STOP = (
+    f"cache.{name}" for name in ("free", "ended", "good", "queued", "pages", "level", "stop")
+)
 
 
 def vector(agreed: Agreed, field: str) -> tuple[int, ...]:
@@ -40,8 +44,9 @@ def cache_sync_spec(slots: int = SLOTS) -> SyncSpec:
         api=(1, 0),
         fields=(
             SyncField("free", Vote.MIN, 2),
-            SyncField("ended", Vote.MIN, 4),
+            SyncField("ended", Vote.MIN, 3),
             SyncField("good", Vote.MIN, 3),
+            SyncField("queued", Vote.MIN, slots),
             SyncField("pages", Vote.MIN, slots),
             SyncField("level", Vote.MIN, slots),
             SyncField("stop", Vote.MAX, slots),

@@ -31,7 +31,7 @@ import numpy as np
 
 from commplane.api import Agreed, PageStore, SyncRound
 from commplane.errors import CommplaneError, CommunicatorError, ConfigError
-from commplane_cache.agreed import ENDED, FREE, GOOD, LEVEL, PAGES, STOP, vector
+from commplane_cache.agreed import ENDED, FREE, GOOD, LEVEL, PAGES, QUEUED, STOP, cache_sync_spec, vector
 from commplane_cache.audit import audit
 from commplane_cache.metrics import Counters
 from commplane_cache.options import CacheOptions
@@ -55,8 +55,8 @@ class PrefixCache:
     Making one is local. Before the first agreed step there are no pages to give: how many, the round with the fewest decides.
 
     Args:
-        rounds: from ``plane.sync_round``, with the spec that this wheel registers (or `cache_sync_spec`); the cache runs it, the
-            caller closes it.
+        rounds: from ``plane.sync_round(..., specs=["cache"])``: of the spec that this wheel registers, or of `cache_sync_spec`,
+            and no other; the cache runs it, the caller closes it.
         device_pages: pages that the engine has on the device for the cache; it alone gives them away.
         host: host tier, or None.
         store: an open page store, or None; wants a host tier. The caller closes it, after the cache.
@@ -85,6 +85,7 @@ class PrefixCache:
             raise ConfigError("cache: a host tier wants a copier that knows the device memory; see commplane_cache.tiers")
         if store is not None and host is None:
             raise ConfigError("cache: storage wants a host tier that its pages pass through")
+        _check_fields(rounds, options.prefetch_slots)
         self._rounds = rounds
         self._journal = journal = Journal(options.decisions, rounds.note)
         self.counters = Counters()
@@ -189,8 +190,9 @@ class PrefixCache:
         self._voted = (self._device.free, 0 if self._host is None else self._host.free)
         return {
             FREE: self._voted,
-            ENDED: (writes[0], loads[0], puts[0], prefetches.vote_impatient()),
+            ENDED: (writes[0], loads[0], puts[0]),
             GOOD: (writes[1], loads[1], puts[1]),
+            QUEUED: prefetches.vote_queued(self._about),
             PAGES: pages,
             LEVEL: levels,
             STOP: stops,
@@ -223,7 +225,7 @@ class PrefixCache:
             residency.drain_puts(ended[2], good[2]) if ended[2] else 0,
         )
         levels, stops = vector(agreed, LEVEL), vector(agreed, STOP)
-        self._prefetches.apply(self._about, vector(agreed, PAGES), levels, stops, ended[3])
+        self._prefetches.apply(self._about, vector(agreed, PAGES), levels, stops, vector(agreed, QUEUED))
         return self._drained
 
     # Prefixes.
@@ -378,8 +380,9 @@ class PrefixCache:
     def check_prefetch_progress(self, request: object) -> bool:
         """Whether `request` need not wait for its prefetch any more; to be asked when its turn comes. Local, no collective.
 
-        The first time it says that the request is wanted: from then on a timeout runs, and ``best_effort`` takes what is there.
-        True once what all ranks have of it is in the tree, and for a request without a prefetch.
+        The first time it says that this rank wants the request, which is a vote: from then on its timeout runs, and once all
+        ranks have asked ``best_effort`` takes what is there. A rank may ask when its peers do not, and the answer is the same
+        on all that ask between two steps. True once what all ranks have of it is in the tree, and without a prefetch.
         """
         prefetch = self._prefetches.requests.get(request)
         if prefetch is None:
@@ -395,7 +398,8 @@ class PrefixCache:
 
         Each rank calls it, at whatever step it hears of the abort; the first one is enough to stop the prefetch on all. Host
         pages are freed when no rank's storage writes to them any more. Locks and device pages of the request are the
-        caller's to take back.
+        caller's to take back. Whether the request is let in is not this call's business: that all ranks decide alike. Its name
+        may be used again when every rank has called.
         """
         prefetch = self._prefetches.requests.get(request)
         if prefetch is None:
@@ -443,13 +447,34 @@ class PrefixCache:
         audit(self.tree, self._residency, self._prefetches)
 
     def close(self, timeout: float = 30.0) -> None:
-        """Wait until this rank's storage has ended what uses the host memory. Local. Rounds and store stay open.
+        """Wait until this rank's storage and copies have ended what uses its memory. Local. Rounds and store stay open.
 
         Raises:
-            CommplaneError: it has not by then; the host memory must not be freed.
+            CommplaneError: they have not by then; the memory must not be freed.
         """
+        deadline = time.monotonic() + timeout
         if self._link is not None and not self._link.wait(timeout):
             raise CommplaneError(
                 f"cache: {len(self._link)} batches of storage have not ended within {timeout:g} s; "
                 f"close the store before the host memory is freed"
             )
+        copies = [*self._residency.writes, *self._residency.loads]
+        while copies := [work for work in copies if not work.ended()]:
+            if time.monotonic() >= deadline:
+                raise CommplaneError(
+                    f"cache: {len(copies)} copies between device and host have not ended within {timeout:g} s; wait for the "
+                    f"device before the memory of either is freed"
+                )
+            time.sleep(0.001)
+
+
+def _check_fields(rounds: SyncRound, slots: int) -> None:
+    """Refuse rounds that the first step would fail on. Those of core say what they have; others are believed."""
+    found = getattr(rounds, "fields", None)
+    wanted = {f"cache.{field.name}": field for field in cache_sync_spec(slots).fields}
+    if found is not None and dict(found) != wanted:
+        differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise ConfigError(
+            f"cache: wanted rounds with the fields of the spec cache alone and {slots} prefetch slots; these differ: "
+            f'{", ".join(differ)}; make them with plane.sync_round(..., specs=["cache"]), or specs=[cache_sync_spec({slots})]'
+        )

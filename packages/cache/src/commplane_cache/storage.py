@@ -29,7 +29,7 @@ class StoreLink:
 
     def __init__(self, store: PageStore, host: HostTier, *, writer: bool = True) -> None:
         self._store, self._host, self.writer = store, host, writer
-        self._open: dict[int, Told] = {}
+        self._open: dict[int, tuple[int, Told]] = {}
         self.last_error: str | None = None
 
     def __len__(self) -> int:
@@ -64,11 +64,17 @@ class StoreLink:
             self.last_error = f"{type(error).__name__}: {error}"
             return
         for end in ends:
-            told = self._open.pop(end.ticket, None)
+            count, told = self._open.pop(end.ticket, (0, None))
             if end.error is not None:
                 self.last_error = end.error
-            if told is not None:
+            if told is None:
+                continue
+            if len(end.ok) == count:
                 told(end.ok, end.error)
+            else:
+                words = f"the store answered for {len(end.ok)} of {count} pages" + (f": {end.error}" if end.error else "")
+                self.last_error = words
+                told((False,) * count, words)
 
     def wait(self, timeout: float) -> bool:
         """Poll until nothing is open, at most `timeout` seconds: whether that came."""
@@ -88,4 +94,4 @@ class StoreLink:
             self.last_error = f"{type(error).__name__}: {error}"
             told((False,) * count, self.last_error)
         else:
-            self._open[ticket] = told
+            self._open[ticket] = count, told

@@ -20,13 +20,12 @@ class PrefetchPolicy:
 
     Attributes:
         name: of `POLICIES`.
-        at_once: it ends as soon as the request is wanted, without a vote: all ranks know that it is wanted.
     """
 
-    __slots__ = ("_base", "_clock", "_most", "_per_page", "at_once", "name")
+    __slots__ = ("_base", "_clock", "_most", "_per_page", "name")
 
     def __init__(self, name: str, clock: Callable[[], float], base: float, per_page: float, most: float) -> None:
-        self.name, self.at_once = name, name == "best_effort"
+        self.name = name
         self._clock, self._base, self._per_page, self._most = clock, base, per_page, most
 
     def now(self) -> float:
@@ -37,7 +36,7 @@ class PrefetchPolicy:
         """Whether this rank can let a prefetch of `pages` end that was wanted at `wanted_at`."""
         if self.name == "wait_complete":
             return False
-        return self.at_once or self._clock() - wanted_at >= min(self._most, self._base + self._per_page * pages)
+        return self.name == "best_effort" or self._clock() - wanted_at >= min(self._most, self._base + self._per_page * pages)
 
 
 def policy_of(
@@ -46,8 +45,8 @@ def policy_of(
     """The policy of that name.
 
     Args:
-        name: ``best_effort``: take what is there when the request is wanted; ``wait_complete``: wait for all; ``timeout``: wait
-            for all, but no longer than a time that grows with the pages.
+        name: ``best_effort``: take what is there when all ranks want the request; ``wait_complete``: wait for all; ``timeout``:
+            wait for all, but no longer than a time that grows with the pages.
         clock: seconds, of this rank.
         base: seconds that ``timeout`` waits at least, from when the request is first wanted.
         per_1024_tokens: seconds that it waits more for each 1,024 tokens.

@@ -1,11 +1,12 @@
 """All prefetches of a cache: a fixed number at a time, in slots whose votes are in every round.
 
-Nothing here runs a collective. Calls that every rank makes alike (start, want) and the agreed values of a round move the states;
-what happens on one rank alone (an answer of its storage, its clock, its failures) is voted on.
+Nothing here runs a collective. What every rank calls alike (start) and the agreed values of a round move the states; what
+happens on one rank alone (an answer of its storage, its clock, its failures, what its scheduler asks for) is voted on.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,10 +23,10 @@ __all__ = ["PrefetchSlots", "Snapshot"]
 
 
 class Snapshot(NamedTuple):
-    """What a round's votes are about: the prefetch and its state in each slot, and who waited for one."""
+    """What a round's votes are about: the prefetch and its state in each slot, and those in the queue whose turn it was."""
 
     slots: tuple[tuple[Prefetch, State] | None, ...] = ()
-    impatient: tuple[Prefetch, ...] = ()
+    queued: tuple[Prefetch, ...] = ()
 
 
 class PrefetchSlots:
@@ -34,8 +35,8 @@ class PrefetchSlots:
     Attributes:
         slots: what runs; None where a slot is free.
         queue: what waits for a slot, in the order of the calls.
-        impatient: those in the queue whose requests are wanted, in the order in which that was said.
-        requests: the prefetch of each request that has not been told its end.
+        requests: the prefetch of each request that has not been told its end on this rank. Which of them have not ended is
+            the same on all ranks.
     """
 
     def __init__(
@@ -52,20 +53,23 @@ class PrefetchSlots:
     ) -> None:
         self.slots: list[Prefetch | None] = [None] * slots
         self.queue: deque[Prefetch] = deque()
-        self.impatient: list[Prefetch] = []
         self.requests: dict[object, Prefetch] = {}
         self._residency, self._journal, self._counters = residency, journal, counters
         self._link, self._policy, self._batch, self._least = link, policy, batch, least
         self._next = 1
         self._used = 0
-        self._none = ((0,) * slots,) * 3
+        self._turn = 0
+        self._none = (0,) * slots
 
     def __len__(self) -> int:
         return self._used + len(self.queue)
 
     def start(self, request: object, run: TokenRun, start: int, anchor: Node | None) -> bool:
         """Begin for `request` after page `start`; False if that is not worth it, or the request has one already."""
-        if self._link is None or run.pages - start < self._least or request in self.requests:
+        if self._link is None or run.pages - start < self._least:
+            return False
+        before = self.requests.get(request)
+        if before is not None and not before.state.final:  # one that has ended may have been told so on some ranks only
             return False
         prefetch = Prefetch(self._next, request, run, start, anchor, self._link, self._policy, self._batch)
         self._next += 1
@@ -79,29 +83,16 @@ class PrefetchSlots:
         return True
 
     def want(self, prefetch: Prefetch) -> None:
-        """The scheduler would run the request now."""
-        if prefetch.wanted:
-            return
-        prefetch.wanted, prefetch.wanted_at = True, self._policy.now()
-        self._journal.note("wanted", prefetch.seq)
-        if not self._policy.at_once:
-            if prefetch.state is State.QUEUED:
-                self.impatient.append(prefetch)
-            return
-        if prefetch.state is State.QUEUED:
-            self.queue.remove(prefetch)
-            self._end(prefetch, State.REVOKED)
-        elif prefetch.state is State.QUERYING:
-            self._end(prefetch, State.REVOKED)
-        elif prefetch.state is State.LOADING:
-            self._stop(prefetch)
+        """This rank's scheduler would run the request now. Changes what is voted, nothing else."""
+        if not prefetch.wanted:
+            prefetch.wanted, prefetch.wanted_at = True, self._policy.now()
 
     # The round.
 
     def votes(self) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         """Pages, levels and wishes to stop, one a slot."""
         if not self._used:
-            return self._none
+            return self._none, self._none, self._none
         pages, levels, stops = [], [], []
         for prefetch in self.slots:
             a, b, c = (0, 0, 0) if prefetch is None else prefetch.vote()
@@ -110,24 +101,33 @@ class PrefetchSlots:
             stops.append(c)
         return pages, levels, stops
 
-    def vote_impatient(self) -> int:
-        """How many of `impatient`, from the first on, may end here though they never got a slot."""
-        for i, prefetch in enumerate(self.impatient):
-            if prefetch.stop != DROP and not self._policy.can_end(prefetch.wanted_at, prefetch.run.pages - prefetch.start):
-                return i
-        return len(self.impatient)
+    def vote_queued(self, about: Snapshot) -> Sequence[int]:
+        """Which of `about.queued` may end here."""
+        if not about.queued:
+            return self._none
+        votes = [int(prefetch.can_leave_queue()) for prefetch in about.queued]
+        return votes + [0] * (len(self.slots) - len(votes))
 
     def snapshot(self) -> Snapshot:
-        """What the votes of now are about: a slot may hold something else, or in another state, when they are agreed."""
-        slots = tuple(None if p is None else (p, p.state) for p in self.slots) if self._used else ()
-        return Snapshot(slots, tuple(self.impatient))
+        """What the votes of now are about: a slot may hold something else, or in another state, when they are agreed.
 
-    def apply(self, about: Snapshot, pages: Sequence[int], levels: Sequence[int], stops: Sequence[int], impatient: int) -> None:
+        Once a round: each has the next ones of the queue.
+        """
+        slots = tuple(None if p is None else (p, p.state) for p in self.slots) if self._used else ()
+        if not self.queue:
+            return Snapshot(slots)
+        first, size = self._turn % len(self.queue), len(self.slots)
+        self._turn = first + size
+        around = itertools.chain(itertools.islice(self.queue, first, None), itertools.islice(self.queue, first))
+        return Snapshot(slots, tuple(itertools.islice(around, size)))
+
+    def apply(
+        self, about: Snapshot, pages: Sequence[int], levels: Sequence[int], stops: Sequence[int], queued: Sequence[int]
+    ) -> None:
         """Move all prefetches by what was agreed."""
-        for prefetch in about.impatient[:impatient]:
-            if prefetch.state is State.QUEUED:
+        for prefetch, may_end in zip(about.queued, queued, strict=False):
+            if may_end and prefetch.state is State.QUEUED:
                 self.queue.remove(prefetch)
-                self.impatient.remove(prefetch)
                 self._end(prefetch, State.REVOKED)
         for i, entry in enumerate(about.slots):
             if entry is None:
@@ -189,7 +189,7 @@ class PrefetchSlots:
 
     def _abort(self, prefetch: Prefetch) -> None:
         """Dropped on all ranks; its pages stay until its I/O has ended."""
-        self.requests.pop(prefetch.request, None)
+        self._forget(prefetch)
         self._counters.aborted += 1
         if prefetch.state.final:
             self._to(prefetch, State.RELEASED)
@@ -203,11 +203,15 @@ class PrefetchSlots:
             self._counters.revoked += 1
         self._to(prefetch, state, pages)
         if prefetch.stop == DROP:  # aborted here before it ended so: nobody will ask for it
-            self.requests.pop(prefetch.request, None)
+            self._forget(prefetch)
         if prefetch.anchor is not None:
             prefetch.anchor.pins -= 1
             self._residency.consider(prefetch.anchor)
             prefetch.anchor = None
+
+    def _forget(self, prefetch: Prefetch) -> None:
+        if self.requests.get(prefetch.request) is prefetch:  # else the name was used again meanwhile
+            del self.requests[prefetch.request]
 
     def _to(self, prefetch: Prefetch, state: State, pages: int = 0) -> None:
         prefetch.state = state
@@ -228,8 +232,6 @@ class PrefetchSlots:
                 return
             if held is None:
                 prefetch = self.slots[slot] = self.queue.popleft()
-                if prefetch in self.impatient:
-                    self.impatient.remove(prefetch)
                 self._used += 1
                 self._to(prefetch, State.QUERYING, slot)
                 prefetch.query()

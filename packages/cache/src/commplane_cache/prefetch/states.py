@@ -53,12 +53,12 @@ class Prefetch:
     """One prefetch.
 
     Attributes:
-        seq: its number; equal on all ranks, like `state`, `run`, `start`, `hit`, `pages`, `wanted`, `committed`.
+        seq: its number; equal on all ranks, like `state`, `run`, `start`, `hit`, `pages`, `committed`.
         request: whose it is.
         start: pages before the first one asked for; the tree has them.
         anchor: the node that ends there, pinned; None for the root.
         state: see `State`.
-        wanted: the scheduler asked for the request, so it waits.
+        wanted: this rank's scheduler asked for the request, so it waits; at `wanted_at` for the first time.
         hit: pages that all ranks have in storage, once agreed.
         pages: host pages, once allocated.
         committed: pages that went into the tree.
@@ -166,6 +166,10 @@ class Prefetch:
         if state is State.QUERYING:
             return self.found, self._level(self.run.pages - self.start), self.stop
         return self.frozen, RUNNING if self._busy else OVER, self.stop
+
+    def can_leave_queue(self) -> bool:
+        """Whether it may end here without ever having had a slot: its time is over, or its request was aborted."""
+        return self.stop == DROP or self._level(self.run.pages - self.start) == CAN_END
 
     def _level(self, pages: int) -> int:
         return CAN_END if self.wanted and self._policy.can_end(self.wanted_at, pages) else RUNNING

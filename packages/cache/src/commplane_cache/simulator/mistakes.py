@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from commplane_cache.prefetch import State
+from commplane_cache.prefetch import Prefetch, State
 from commplane_cache.simulator.rank import Rank
 from commplane_cache.tiers import MOVING
 
@@ -64,6 +64,19 @@ def abort_frees_at_once(rank: Rank) -> None:
     slots._abort = early  # type: ignore[method-assign]
 
 
+def own_requests(rank: Rank) -> None:
+    """A prefetch that was asked for here ends here."""
+    slots = rank.cache._prefetches
+    want = slots.want
+
+    def at_once(prefetch: Prefetch) -> None:
+        want(prefetch)
+        if prefetch.state is State.QUERYING:
+            slots._end(prefetch, State.REVOKED)
+
+    slots.want = at_once  # type: ignore[method-assign]
+
+
 def failures_are_not_told(rank: Rank) -> None:
     """A write to the host that failed here counts as good."""
     residency = rank.cache._residency
@@ -88,6 +101,7 @@ MISTAKES: dict[str, Callable[[Rank], None]] = {
         own_progress,
         own_hit,
         abort_frees_at_once,
+        own_requests,
         failures_are_not_told,
     )
 }

@@ -161,12 +161,16 @@ class Rank:
             for when, name in self._late_aborts:
                 if when == self._step:
                     cache.release_aborted_request(name)
+                elif when > self._step:  # it has not heard of it, and asks on
+                    cache.check_prefetch_progress(name)
             self._late_aborts = [entry for entry in self._late_aborts if entry[0] > self._step]
         while self._running and self._running[0][0] <= self._step:
             _, node, own = self._running.pop(0)
             cache.unlock(node)
             if len(own):
                 cache.release(own)
+        if self._waiting and self._random.random() < 0.1:  # and it may ask when the others do not
+            cache.check_prefetch_progress(self._random.choice(self._waiting).job.name)
         turn = [request for request in self._waiting if request.due <= self._step][:3]
         if turn:
             request = turn[self._step % len(turn)]
