@@ -253,17 +253,22 @@ def test_a_room_that_was_opened_on_one_rank_only_ends_the_steps_of_that_rank_wit
 
 
 class Stopped(HeldEngine):
-    """A peer whose engine does not answer."""
+    """Some of its peers do not answer, and it takes five seconds to find out."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
 
     def connect(self, peer: str, metadata: bytes) -> None:
         super().connect(peer, metadata)
         if peer.startswith("bad"):
+            self.clock.ahead += 5.0
             raise PeerError(f"peer {peer!r} cannot be reached: timed out")
 
 
 def test_a_peer_that_cannot_be_connected_to_is_tried_once_in_a_while_and_not_for_each_of_its_rooms(side: Make) -> None:
     clock = Clock()
-    p = side(PrefillEnd, engine=Stopped, clock=clock, silence=1000.0)
+    p = side(PrefillEnd, engine=lambda: Stopped(clock), clock=clock, silence=1000.0)
     bad, good = side(DecodeEnd, name="bad", engine=HeldEngine), side(DecodeEnd, name="good", engine=HeldEngine)
     for room in range(5):
         bad.ends[0].receive(room, [room], p.source())
@@ -278,9 +283,22 @@ def test_a_peer_that_cannot_be_connected_to_is_tried_once_in_a_while_and_not_for
     assert all("to bad/0: peer 'bad/0' cannot be reached: timed out" in text for text in p.errors())
     p.ends[0].engine.let_go()
     run_until(lambda: good.results() == [(100, 0, True)], p, bad, good)
-    clock.ahead += 20.0
+    clock.ahead += 21.0
     p.ends[0].send(4, [4])
     assert tries.count("connect bad/0") == 2
+
+
+def test_what_came_while_the_scheduler_was_busy_is_heard_before_a_deadline_is_looked_at(side: Make) -> None:
+    clock = Clock()
+    p, d = side(PrefillEnd, Grid(tp=2)), side(DecodeEnd, clock=clock)
+    d.ends[0].receive(7, [0], p.source(), timeout=20.0)
+    run_until(lambda: all(end._wants for end in p.ends), p, d)
+    for end in p.ends:
+        end.send(7, [1])
+    run_until(lambda: all(end.table.rooms[7].data.receivers[0].written for end in p.ends), p)
+    clock.ahead += 21.0
+    run_until(lambda: bool(d.results() and p.results()), d, p)
+    assert d.results() == p.results() == [(7, 0, True)]
 
 
 def test_lost_messages_alone_fail_no_room_whatever_their_kind() -> None:

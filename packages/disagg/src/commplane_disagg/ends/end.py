@@ -215,8 +215,12 @@ class End(ABC):
                 self._lost(peer, peer.why)
         for room in list(self.table.rooms.values()):
             # What goes well moves by events alone, so that a step costs little however many rooms wait.
-            if room.is_failing or now >= self._deadlines[room.key]:
+            if room.is_failing:
                 self._tend(room, now)
+            elif now >= self._deadlines[room.key] and room.local < Status.SUCCESS:
+                # Only here, when all that had come was heard. A rank that has everything has told its peers so: it waits for the
+                # others of its group, which have deadlines of their own.
+                self._fail(room, Reason.TIMEOUT, f"its deadline passed; {self._missing(room)}")
         self.peers.keep(self._needed)
         return self.table.votes()
 
@@ -387,11 +391,7 @@ class End(ABC):
         if room.status is Status.RELEASED:
             return
         if not room.is_failing:
-            # A rank that has everything has told its peers so: it waits for the others of its group, which have their deadlines.
-            if room.local < Status.SUCCESS and now >= self._deadlines[room.key]:
-                room.fail(Cause(Reason.TIMEOUT, self.name, f"its deadline passed; {self._missing(room)}"))
-            else:
-                self._progress(room)
+            self._progress(room)
         if room.is_failing and not room.drained:
             until = self._drain_until.setdefault(room.key, now + self._drain_timeout)
             self._give_up(room)

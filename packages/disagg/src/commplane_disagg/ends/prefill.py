@@ -14,15 +14,13 @@ from commplane_disagg.channel.messages import Abort, Ack, Drained, Failed, Messa
 from commplane_disagg.ends.end import End
 from commplane_disagg.ends.layout import copies
 from commplane_disagg.ends.peers import Peer
+from commplane_disagg.ends.reach import Reach
 from commplane_disagg.ranks import Piece, holding, notified_by, sends
 from commplane_disagg.rooms import Cause, Key, Reason, Room, Status
 
 __all__ = ["PrefillEnd"]
 
 _V = TypeVar("_V")
-
-_PAUSE, _MOST_PAUSE = 15.0, 120.0
-"""Seconds, at first and at most, for which a peer is not tried again that the engine could not connect to."""
 
 _EARLY = 1 << 14
 """Rooms that decode asked for or gave up before they were opened here, that are remembered."""
@@ -57,21 +55,6 @@ class _Receiver:
     drained: bool = False
 
 
-@dataclass(frozen=True)
-class _Unreachable:
-    """A peer that the engine could not connect to: everybody waited for that, so its rooms fail at once until it is tried again.
-
-    Attributes:
-        again: when, by the end's clock.
-        pause: seconds from the last try to the next.
-    """
-
-    peer: Peer
-    why: str
-    again: float
-    pause: float
-
-
 @dataclass(eq=False)
 class _Sending:
     """What an open room holds: this rank's pages so far, whether these are all, and the decode ranks by number."""
@@ -95,10 +78,8 @@ class PrefillEnd(End):
     def _begin(self) -> None:
         self._wants: OrderedDict[Key, dict[str, tuple[Peer, Want]]] = OrderedDict()
         self._aborted: OrderedDict[Key, dict[Identity, tuple[int, Cause]]] = OrderedDict()
-        self._unreachable: dict[str, _Unreachable] = {}
         self._tickets: dict[int, tuple[Room, _Receiver]] = {}
-        self._connected: dict[str, Peer] = {}
-        self._stale: set[str] = set()  # peers that a transfer to failed: they are connected to again before the next
+        self._reach = Reach(self.engine, self._clock)
 
     def open_room(self, room: int, *, generation: int = 0, timeout: float | None = None) -> None:
         """Take part in a room before its pages are there. Local; all ranks of the replica open the same rooms in the same order.
@@ -163,7 +144,7 @@ class PrefillEnd(End):
     def _up(self, peer: Peer) -> None:
         # A decode end says again what it still wants; of a room that has ended there it says nothing, and its acknowledgement may
         # be lost. Both are asked for by saying again what was said.
-        self._unreachable.pop(peer.identity.name, None)
+        self._reach.up(peer)
         for room in list(self.table.rooms.values()):
             receiver = self._receiver(peer, room.key)
             if receiver is None or receiver.acked:
@@ -315,40 +296,18 @@ class PrefillEnd(End):
                 pairs.append((sending.pages[index], receiver.want.pages[place]))
         if not pairs:
             return
-        self._connect(receiver.peer)
+        self._reach.connect(receiver.peer)
         local, remote, sizes = copies(self.card.layout, theirs.layout, piece.layers, piece.heads, pairs)
         ticket = self.engine.submit(receiver.peer.identity.name, local, remote, sizes)
         receiver.tickets.add(ticket)
         self._tickets[ticket] = room, receiver
         room.advance(Status.TRANSFERRING)
 
-    def _connect(self, peer: Peer) -> None:
-        name = peer.identity.name
-        known = self._connected.get(name)
-        if known is peer and name not in self._stale:
-            return
-        if known is not None:
-            self.engine.disconnect(name)
-        self._connected.pop(name, None)
-        self._stale.discard(name)
-        before = self._unreachable.get(name)
-        if before is not None and before.peer is peer and self._clock() < before.again:
-            raise CommplaneError(before.why)
-        try:
-            self.engine.connect(name, peer.card.metadata)
-        except CommplaneError as error:
-            pause = min(_MOST_PAUSE, 2 * before.pause) if before is not None and before.peer is peer else _PAUSE
-            self._unreachable[name] = _Unreachable(peer, str(error), self._clock() + pause, pause)
-            raise
-        self._unreachable.pop(name, None)
-        self._connected[name] = peer
-
     def _moved(self, moved: Moved) -> None:
         room, receiver = self._tickets.pop(moved.ticket)
         receiver.tickets.discard(moved.ticket)
         if moved.error is not None:
-            if self._connected.get(receiver.peer.identity.name) is receiver.peer:
-                self._stale.add(receiver.peer.identity.name)
+            self._reach.failed(receiver.peer)
             receiver.unclean = receiver.unclean or not self.quiet
             self._fail(room, Reason.ENGINE, f"to {receiver.peer.identity.name}: {moved.error}")
         self._tend(room, self._clock())
@@ -379,10 +338,7 @@ class PrefillEnd(End):
                 self._fail(room, Reason.PEER_LOST, f"{peer.identity.name} is lost: {why}")
 
     def _died(self, peer: Peer) -> None:
-        self._unreachable.pop(peer.identity.name, None)
-        if self._connected.get(peer.identity.name) is peer:
-            del self._connected[peer.identity.name]
-            self.engine.disconnect(peer.identity.name)
+        self._reach.died(peer)
         for key, wants in list(self._wants.items()):
             if wants.pop(peer.identity.name, None) is not None and not wants:
                 del self._wants[key]
@@ -405,7 +361,7 @@ class PrefillEnd(End):
         """Tickets of a released room have ended; nothing is left to forget."""
 
     def _needed(self, peer: Peer) -> bool:
-        if self._connected.get(peer.identity.name) is peer or any(peer.identity.name in wants for wants in self._wants.values()):
+        if self._reach.has(peer) or any(peer.identity.name in wants for wants in self._wants.values()):
             return True
         return any(self._receiver(peer, room.key) is not None for room in self.table.rooms.values())
 
