@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 
 from commplane.errors import CommplaneError
 from commplane_disagg.engines.mooncake import load_mooncake
+
+_SHORT = "odd_sizes or both_directions or killed_peer"
+"""Of the kit, for every run of the tests: the bytes, and a peer that dies."""
 
 
 def run_kit(folder: Path, engine: str, *options: str) -> None:
@@ -24,6 +28,22 @@ def run_kit(folder: Path, engine: str, *options: str) -> None:
 @pytest.mark.parametrize("engine", ["shm", "tcp"])
 def test_bytes_arrive(tmp_path: Path, engine: str) -> None:
     run_kit(tmp_path, engine, "-k", "whole_pool or odd_sizes or both_directions or lost_peer or reader_has_disconnected")
+
+
+@pytest.mark.timeout(170)
+def test_nixl_moves_bytes_and_outlives_a_killed_peer(tmp_path: Path) -> None:
+    if importlib.util.find_spec("nixl") is None:
+        pytest.skip("wants nixl: pip install 'commplane-disagg[nixl]'")
+    run_kit(tmp_path, "nixl", "-k", _SHORT)
+
+
+@pytest.mark.timeout(170)
+def test_mooncake_moves_bytes_and_outlives_a_killed_peer(tmp_path: Path) -> None:
+    try:
+        load_mooncake()
+    except CommplaneError as error:
+        pytest.skip(str(error))
+    run_kit(tmp_path, "mooncake", "-k", _SHORT)
 
 
 @pytest.mark.long

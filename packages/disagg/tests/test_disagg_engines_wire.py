@@ -168,12 +168,14 @@ def test_a_stranger_who_drips_has_no_longer_than_one_who_is_silent(monkeypatch: 
 
 def test_a_listener_that_drips_has_no_longer_than_one_that_is_silent() -> None:
     listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    challenge, sent = wire.CHALLENGE_MAGIC + bytes(32), bytearray()
 
     def drip() -> None:
         stream, _ = listener.accept()
         with stream, contextlib.suppress(OSError):
-            for byte in wire.CHALLENGE_MAGIC + bytes(32):
+            for byte in challenge:
                 stream.sendall(bytes([byte]))
+                sent.append(byte)
                 if over.wait(0.1):
                     return
 
@@ -183,6 +185,7 @@ def test_a_listener_that_drips_has_no_longer_than_one_that_is_silent() -> None:
     try:
         with pytest.raises(PeerError, match="cannot be reached: timed out"):
             connect_stream(listener.getsockname(), bytes(32), hello, "reader", 0, time.monotonic() + 0.5)
+        assert len(sent) < len(challenge)
     finally:
         over.set()
         thread.join(5.0)

@@ -71,7 +71,7 @@ def test_who_takes_the_port_of_a_registry_cannot_end_leases_without_the_token(se
     server = serve(lease=0.6)
     asked: list[float] = []
     lost: list[CommplaneError] = []
-    forged = refusal(status, Problem(code=code, message="made up", retry_after=0.0))
+    forged = refusal(status, Problem(code=code, message="made up"))
 
     def answer(connection: socket.socket) -> None:
         forged(connection)
