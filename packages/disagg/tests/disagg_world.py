@@ -56,6 +56,7 @@ class Replica:
 
     def __init__(self, world: World, name: str, kind: type[SimPrefill] | type[SimDecode], grid: Grid) -> None:
         self.world, self.name, self.kind, self.grid = world, name, kind, grid
+        self.hasty = 0.0  # how often all rooms are given up while a round is out
         self.start()
 
     def start(self) -> None:
@@ -103,6 +104,9 @@ class Replica:
                 queue.popleft()()
         for end, votes in zip(self.ends, self.rounds, strict=True):
             votes.issue(end.votes(), digest=end.table.digest)
+            if self.hasty and random.random() < self.hasty:  # the engine's own thread gives a room up while the round is out
+                for room in list(end.table.rooms.values()):
+                    end.abort(room.key.room, generation=room.key.generation, why="nobody waits for it")
         reports = [end.settle(votes.result()) for end, votes in zip(self.ends, self.rounds, strict=True)]
         self.world.alike(self, reports)
         self.world.take(self, reports)

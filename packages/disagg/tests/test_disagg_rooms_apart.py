@@ -319,6 +319,24 @@ def test_lost_messages_alone_fail_no_room_whatever_their_kind() -> None:
         assert all(set(r.ends.values()) == {True} for r in world.requests)
 
 
+def test_both_sides_tell_the_same_of_rooms_that_decode_gives_up_at_any_moment() -> None:
+    """Nothing is lost here, and what was given up while its success was agreed on counts as done on both sides."""
+    seen = set()
+    for seed in range(6):
+        world = World(seed, [Grid(tp=2)], [Grid()], faults=0.0)
+        world.decode[0].hasty = 0.02
+        for end in [end for replica in (*world.prefill, *world.decode) for end in replica.ends]:
+            end._timeout = 10000.0
+        world.play(300, trouble=0.0)
+        world.decode[0].hasty = 0.0
+        world.settle_down()
+        for request in world.requests:
+            ends = request.ends["p0"], request.ends["d0"]
+            seen.add(ends)
+            assert ends != (False, True), "decode goes on with a room that failed on prefill"
+    assert (True, True) in seen and (False, False) in seen
+
+
 def test_a_table_full_of_rooms_that_fail_lets_others_through() -> None:
     for seed in range(6):
         world = World(seed, [Grid(tp=2), Grid()], [Grid(), Grid(tp=2)], quiet=bool(seed % 2), places=2)

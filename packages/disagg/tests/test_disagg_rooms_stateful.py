@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from commplane_disagg.ranks import Grid
+from commplane_disagg.rooms import CAPACITY
 
 GRIDS = [Grid(), Grid(tp=2)]
 
@@ -20,9 +21,15 @@ class Rooms(RuleBasedStateMachine):
     has ended and every page has come back that can.
     """
 
-    @initialize(seed=st.integers(0, 2**16), prefill=st.sampled_from(GRIDS), decode=st.sampled_from(GRIDS), quiet=st.booleans())
-    def start(self, seed: int, prefill: Grid, decode: Grid, quiet: bool) -> None:
-        self.world = World(seed, [prefill], [decode], quiet=quiet, faults=0.0)
+    @initialize(
+        seed=st.integers(0, 2**16),
+        prefill=st.sampled_from(GRIDS),
+        decode=st.sampled_from(GRIDS),
+        quiet=st.booleans(),
+        places=st.sampled_from([1, 2, CAPACITY]),
+    )
+    def start(self, seed: int, prefill: Grid, decode: Grid, quiet: bool, places: int) -> None:
+        self.world = World(seed, [prefill], [decode], quiet=quiet, faults=0.0, places=places)
 
     def side(self, is_prefill: bool):
         return (self.world.prefill if is_prefill else self.world.decode)[0]
@@ -46,8 +53,7 @@ class Rooms(RuleBasedStateMachine):
     @rule(is_prefill=st.booleans(), rank=st.integers(0, 1))
     def lose_connections(self, is_prefill: bool, rank: int) -> None:
         ends = self.side(is_prefill).ends
-        for wire in list(self.world.network.channels[ends[rank % len(ends)].name].wires.values()):
-            wire.cut(None)
+        self.world.cut(ends[rank % len(ends)])
 
     @rule(rank=st.integers(0, 1), why=st.just("the engine lost its connection"))
     def lose_transfers(self, rank: int, why: str) -> None:
