@@ -102,6 +102,8 @@ class SyncRound:
         try:
             return self._decide(self._exchange())
         except BaseException as error:
+            self._out = False
+            self.notes.fail()  # before the communicators are poisoned, which dumps
             raise self._failed(error) from error.__cause__
 
     def issue(self, values: Mapping[str, int | Sequence[int]], *, digest: int = 0) -> None:
@@ -136,6 +138,7 @@ class SyncRound:
             raise
         except BaseException as error:
             self._out = False
+            self.notes.fail()
             raise self._failed(error) from error.__cause__
 
     def note(self, what: str, *numbers: int) -> None:
@@ -192,7 +195,6 @@ class SyncRound:
 
     def _failed(self, error: BaseException) -> BaseException:
         """What to raise for `error` of an exchange. Nothing more can be exchanged, and the peers are let go."""
-        self.notes.fail()  # before the communicators are poisoned, which dumps
         if not isinstance(error, Exception):
             self._fault = AgreementError(f"{self.who} sync round, step {self.steps + 1}, was interrupted")
             self._poison(self._fault)
