@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 import commplane_cache.plugin
-from commplane.api import ParallelLayout
-from commplane.errors import MismatchError, PeerError
+from commplane.api import ParallelLayout, SyncField, SyncSpec, hookimpl
+from commplane.errors import ConfigError, MismatchError, PeerError
 from commplane.plugins import PluginHost
 from commplane.testing import run_threads
 from commplane_cache.agreed import SLOTS
@@ -67,6 +67,28 @@ def test_caches_of_a_group_stay_equal(kind, pipelined):
     for group in groups:
         assert len({out[r] for r in group}) == 1
     assert all(served > 2 for _, _, served in out)
+
+
+def test_rounds_for_the_cache_are_of_its_spec_alone_whatever_else_is_installed():
+    class Other:
+        @hookimpl
+        def commplane_register_cache_sync(self):
+            return [SyncSpec(name="other", api=(1, 0), fields=(SyncField("x", "min"),))]
+
+    def both(rank):
+        host = plugins(rank)
+        host.register(Other(), "other", dist="other", version="1.0")
+        return host
+
+    def main(plane):
+        with pytest.raises(ConfigError, match=r'these differ: other.x; make them with plane.sync_round\(..., specs=\["cache"\]'):
+            PrefixCache(plane.sync_round("all"), 8)
+        ranks = ParallelLayout(world_size=2, tensor=2, context=2).of(plane.rank).groups["attention"]
+        cache = PrefixCache(plane.sync_round("cache", ranks, specs=["cache"]), 8)
+        cache.step()
+        return cache.device_pages
+
+    assert run_threads(2, main, plugins=both, config=lambda _rank: {"timeout": 20}) == [8, 8]
 
 
 def test_a_rank_that_runs_no_round_is_named_on_all_others():
