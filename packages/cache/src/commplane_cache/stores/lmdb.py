@@ -22,7 +22,7 @@ class LmdbStore(ValuedStore):
     the device, without it a power failure may take the whole file; `threads`.
 
     LMDB maps its file: a file that is cut while it is open ends the process, as it does for every user of LMDB. One process opens
-    a path once.
+    a path once. Its folder and files are its user's alone, as far as it makes them itself.
     """
 
     name = "lmdb"
