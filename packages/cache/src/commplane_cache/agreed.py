@@ -20,9 +20,10 @@ Everything that a rank may find another way than its peers is in here, and only 
 
 from __future__ import annotations
 
-from commplane.api import Agreed, SyncField, SyncSpec, Vote
+from commplane.api import Agreed, SyncField, SyncRound, SyncSpec, Vote
+from commplane.errors import ConfigError
 
-__all__ = ["ENDED", "FREE", "GOOD", "LEVEL", "PAGES", "QUEUED", "SLOTS", "STOP", "cache_sync_spec", "vector"]
+__all__ = ["ENDED", "FREE", "GOOD", "LEVEL", "PAGES", "QUEUED", "SLOTS", "STOP", "cache_sync_spec", "check_fields", "vector"]
 
 SLOTS = 16
 
@@ -52,3 +53,15 @@ def cache_sync_spec(slots: int = SLOTS) -> SyncSpec:
             SyncField("stop", Vote.MAX, slots),
         ),
     )
+
+
+def check_fields(rounds: SyncRound, slots: int) -> None:
+    """Refuse rounds that the first step would fail on. Those of core say what they have; others are believed."""
+    found = getattr(rounds, "fields", None)
+    wanted = {f"cache.{field.name}": field for field in cache_sync_spec(slots).fields}
+    if found is not None and dict(found) != wanted:
+        differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise ConfigError(
+            f"cache: wanted rounds with the fields of the spec cache alone and {slots} prefetch slots; these differ: "
+            f'{", ".join(differ)}; make them with plane.sync_round(..., specs=["cache"]), or specs=[cache_sync_spec({slots})]'
+        )

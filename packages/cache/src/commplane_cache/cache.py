@@ -31,7 +31,7 @@ import numpy as np
 
 from commplane.api import Agreed, PageStore, SyncRound
 from commplane.errors import CommplaneError, CommunicatorError, ConfigError
-from commplane_cache.agreed import ENDED, FREE, GOOD, LEVEL, PAGES, QUEUED, STOP, cache_sync_spec, vector
+from commplane_cache.agreed import ENDED, FREE, GOOD, LEVEL, PAGES, QUEUED, STOP, check_fields, vector
 from commplane_cache.audit import audit
 from commplane_cache.metrics import Counters
 from commplane_cache.options import CacheOptions
@@ -85,7 +85,7 @@ class PrefixCache:
             raise ConfigError("cache: a host tier wants a copier that knows the device memory; see commplane_cache.tiers")
         if store is not None and host is None:
             raise ConfigError("cache: storage wants a host tier that its pages pass through")
-        _check_fields(rounds, options.prefetch_slots)
+        check_fields(rounds, options.prefetch_slots)
         self._rounds = rounds
         self._journal = journal = Journal(options.decisions, rounds.note)
         self.counters = Counters()
@@ -466,15 +466,3 @@ class PrefixCache:
                     f"device before the memory of either is freed"
                 )
             time.sleep(0.001)
-
-
-def _check_fields(rounds: SyncRound, slots: int) -> None:
-    """Refuse rounds that the first step would fail on. Those of core say what they have; others are believed."""
-    found = getattr(rounds, "fields", None)
-    wanted = {f"cache.{field.name}": field for field in cache_sync_spec(slots).fields}
-    if found is not None and dict(found) != wanted:
-        differ = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-        raise ConfigError(
-            f"cache: wanted rounds with the fields of the spec cache alone and {slots} prefetch slots; these differ: "
-            f'{", ".join(differ)}; make them with plane.sync_round(..., specs=["cache"]), or specs=[cache_sync_spec({slots})]'
-        )
