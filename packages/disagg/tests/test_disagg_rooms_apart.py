@@ -158,6 +158,28 @@ def test_a_rank_that_has_everything_asks_for_nothing_after_a_reconnect(side: Mak
     assert d.results() == p.results() == [(7, 0, True)]
 
 
+def test_who_has_everything_of_a_room_that_failed_meanwhile_hears_of_that_after_a_reconnect(side: Make) -> None:
+    p, d = side(PrefillEnd), side(DecodeEnd)
+    end = d.ends[0]
+    assert not loses_first(end, Ack)
+    end.receive(7, [0], p.source())
+    p.ends[0].send(7, [2])
+    until = time.monotonic() + 10
+    while end.table.rooms[7].local is not Status.SUCCESS:  # its ranks do not come to agree
+        assert time.monotonic() < until
+        p.step()
+        end.votes()
+    p.ends[0].abort(7, why="the client left")
+    run_until(lambda: p.released() == [7], p)
+    while not end.table.rooms[7].is_failing:
+        assert time.monotonic() < until
+        p.step()
+        end.votes()
+    run_until(lambda: d.released() == [7], p, d)
+    assert p.results() == d.results() == [(7, 0, False)]
+    assert "prefill/0: the client left" in d.errors()[0]
+
+
 def test_what_prefill_said_of_a_failed_room_is_said_again_to_who_had_everything_of_one_rank(side: Make) -> None:
     p, d = side(PrefillEnd, Grid(tp=2), engine=HeldEngine), side(DecodeEnd, engine=HeldEngine)
     d.ends[0].receive(7, [1], p.source())
