@@ -24,6 +24,8 @@ __all__ = ["Outgoing", "connect_stream"]
 
 _LEAST_BATCH = 1 << 20
 _MOST_BATCH = 4 << 20
+_ASK_SECONDS = 0.1
+"""Without an answer, after which the kernel is asked; most batches are answered sooner."""
 _BYTES_ACKED = struct.Struct("@Q"), 120
 """Type and offset of `tcpi_bytes_acked` in Linux's `struct tcp_info` (linux/tcp.h, from Linux 4.1 on)."""
 
@@ -193,13 +195,11 @@ class Outgoing:
         An answer is to a whole batch, which a slow link carries for longer than a peer may be silent. What the kernel takes for a
         peer that is stopped ends with its buffers, so such a peer is found all the same. The engine's watch calls it, often.
         """
-        acked = sum(map(_acked_bytes, self.streams))
         with self._changed:
-            if not self._open:
-                return 0.0
-            if acked != self._acked:
-                self._acked, self._progress = acked, time.monotonic()
-            return time.monotonic() - self._progress
+            silence = time.monotonic() - self._progress if self._open else 0.0
+            if silence >= _ASK_SECONDS and (acked := sum(map(_acked_bytes, self.streams))) != self._acked:
+                self._acked, self._progress, silence = acked, time.monotonic(), 0.0
+            return silence
 
     def hear(self, stream: socket.socket) -> None:
         """Read answers that have come over `stream`. Does not wait."""
