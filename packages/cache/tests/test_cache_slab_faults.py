@@ -189,6 +189,36 @@ def test_room_that_cannot_be_reserved_is_said_at_open(tmp_path):
     store.close()
 
 
+def test_a_reservation_that_fails_half_way_gives_back_what_it_took(tmp_path, monkeypatch):
+    keys, store = keys_of("kept", 5), opened(tmp_path)
+    assert all(put(store, keys, NBYTES).ok)
+    store.close()
+    real = os.posix_fallocate
+
+    def full(fd, offset, length):
+        real(fd, offset, length // 2)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CommplaneError, match=r"cannot be opened: .*No space left on device"):
+        opened(tmp_path, reserve=True, capacity_pages=1000)
+    assert (tmp_path / "pages").stat().st_size == 5 * NBYTES
+    store = opened(tmp_path)
+    assert all(get(store, keys, NBYTES).ok)
+    store.close()
+
+
+def test_an_index_that_a_killed_process_was_writing_anew_is_removed(tmp_path):
+    keys, store = keys_of("kept", 5), opened(tmp_path)
+    assert all(put(store, keys, NBYTES).ok)
+    store.close()
+    (tmp_path / "index.new").write_bytes((tmp_path / "index").read_bytes()[: HEADER_BYTES + RECORD_BYTES])
+    store = opened(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["index", "lock", "pages"]
+    assert all(get(store, keys, NBYTES).ok)
+    store.close()
+
+
 def test_whatever_happens_to_the_index_no_wrong_page_is_served(tmp_path):
     draw, keys = random.Random(11), keys_of("index", 40)
     store = opened(tmp_path, capacity_pages=30)

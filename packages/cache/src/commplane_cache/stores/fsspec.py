@@ -22,8 +22,8 @@ class FsspecStore(ValuedStore):
     """Over fsspec; wants ``commplane-cache[fsspec]``, and what the address needs (``s3fs`` for S3).
 
     Options: `url` such as ``s3://bucket/prefix`` or ``file:///folder``; `storage_options` as a mapping, as fsspec takes them;
-    `threads`. One request a page: for large pages, or what is rarely read. A local folder that it makes is its user's alone; make it
-    beforehand to share it with others.
+    `threads`. One request a page: for large pages, or what is rarely read. A local folder that it makes is its user's alone;
+    make it beforehand to share it with others.
     """
 
     name = "fsspec"

@@ -99,7 +99,12 @@ class SlotFile:
 
     def reserve(self, pages: int) -> None:
         """Take room on the device for that many slots now. Raises `OSError` if there is none."""
-        os.posix_fallocate(self._fd, 0, pages * self._page_bytes)
+        size = os.fstat(self._fd).st_size
+        try:
+            os.posix_fallocate(self._fd, 0, pages * self._page_bytes)
+        except OSError:
+            os.ftruncate(self._fd, size)  # else a disk that was too small would stay full
+            raise
 
     def cut(self, pages: int) -> None:
         """Give back what lies behind that many slots."""

@@ -24,13 +24,14 @@ class Log:
     """Not thread-safe. An append is whole in the kernel when it returns; with `sync` also on the device."""
 
     def __init__(self, path: Path, header: Header, *, sync: bool, who: str) -> None:
-        """Open or create.
+        """Open or create. Nobody else may have the folder.
 
         Raises:
             CommplaneError: the file is not a log, or of pages of another size.
         """
         self._path, self._header, self._sync = path, header, sync
         self._has_torn_tail = False
+        path.with_suffix(".new").unlink(missing_ok=True)  # of a process that was killed in `rewrite`
         self._not_before = 0  # so many records: after a rewrite that failed, not each append tries again
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
