@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -17,7 +18,7 @@ from commplane.api import StoreContext
 from commplane.errors import CommplaneError, CommplaneWarning
 from commplane_cache.stores.slab import SlabStore, snapshot
 from commplane_cache.stores.slab.record import HEADER_BYTES, RECORD_BYTES
-from commplane_conformance.pages.book import blank, end, get, keys_of, page_of, put, remove
+from commplane_conformance.pages.book import blank, end, ends, get, keys_of, page_of, put, remove
 
 pytestmark = pytest.mark.timeout(120)
 NBYTES = 8192
@@ -285,6 +286,30 @@ def test_sync_puts_the_page_on_the_device_before_its_record(tmp_path, monkeypatc
         spy(name)
     assert all(put(store, keys_of("sync", 3), NBYTES).ok)
     assert calls == [("pwritev", "pages"), ("fdatasync", "pages"), ("pwrite", "index"), ("fdatasync", "index")]
+    store.close()
+
+
+def test_a_device_that_fails_fails_every_put_that_it_may_have_lost(tmp_path, monkeypatch):
+    store = opened(tmp_path, sync=True, threads=2)
+    index, both, told = os.stat(tmp_path / "index").st_ino, threading.Barrier(2, timeout=30), set()
+    real = os.fdatasync
+
+    def fdatasync(fd):
+        if os.fstat(fd).st_ino == index:
+            return real(fd)
+        both.wait()  # both have written; the kernel drops what both wrote, and tells each open file once
+        if fd not in told:
+            told.add(fd)
+            raise OSError(5, "Input/output error")
+        return real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    tickets = [store.submit_put([key], [page_of(key, NBYTES)]) for key in keys_of("lost", 2)]
+    done = ends(store, tickets)
+    monkeypatch.undo()
+    assert [one.ok for one in done.values()] == [(False,), (False,)]
+    assert all("Input/output error" in one.error for one in done.values())
+    assert all(put(store, keys_of("lost", 2), NBYTES).ok)
     store.close()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from commplane.api import StoreContext, StoreUsage
 from commplane.errors import CommplaneError, ConfigError
+from commplane_cache.stores.address import Address
 from commplane_cache.stores.sealed import SEAL_BYTES
 from commplane_cache.stores.valued import ValuedStore, library
 
@@ -80,8 +81,9 @@ class MooncakeStore(ValuedStore):
         )
         if code:
             self._store.close()
+            master = Address(options["master"]).shown
             raise CommplaneError(
-                f"mooncake: the master at {options['master']} was not joined, error {code}; does it reach {options['host']}?"
+                f"mooncake: the master at {master} was not joined, error {code}; does it reach {options['host']}?"
             )
 
     def _reach(self, master: str, timeout: float) -> None:

@@ -27,6 +27,8 @@ class SlotFile:
 
     def __init__(self, path: Path, page_bytes: int, *, direct: bool) -> None:
         self._page_bytes = page_bytes
+        self._path = path
+        self._writers: list[int] = []
         self._local = threading.local()
         self._direct = False
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -55,11 +57,11 @@ class SlotFile:
         if self._direct and not all(map(_is_aligned, pages)):
             for done, page in enumerate(pages):
                 bounce = self._bounce()
-                if self._move(os.preadv, [bounce], first + done) < self._page_bytes:
+                if self._move(self._fd, os.preadv, [bounce], first + done) < self._page_bytes:
                     return done
                 page[:] = bounce
             return len(pages)
-        return self._move(os.preadv, pages, first) // self._page_bytes
+        return self._move(self._fd, os.preadv, pages, first) // self._page_bytes
 
     def write(self, first: int, pages: Sequence[memoryview]) -> None:
         """Write pages to neighbouring slots. Raises `OSError` unless all of them are whole in the kernel."""
@@ -73,7 +75,7 @@ class SlotFile:
 
     def _write_all(self, pages: Sequence[memoryview], first: int) -> None:
         wanted = len(pages) * self._page_bytes
-        found = self._move(os.pwritev, pages, first)
+        found = self._move(self._writer(), os.pwritev, pages, first)
         if found < wanted:
             raise OSError(errno.EIO, f"wanted {wanted} bytes written to slot {first} and on, found {found} written")
 
@@ -83,11 +85,23 @@ class SlotFile:
             self._local.bounce = memoryview(mmap.mmap(-1, self._page_bytes))
         return self._local.bounce  # type: ignore[no-any-return]
 
-    def _move(self, call: Callable[[int, list[memoryview], int], int], pages: Sequence[memoryview], first: int) -> int:
+    def _writer(self) -> int:
+        """A descriptor of this thread's own.
+
+        When a device fails, the kernel may drop what all threads wrote, and tells each open file once. Through one file for all,
+        the first thread to sync would hear of it, and the next one be told that its pages are safe.
+        """
+        if not hasattr(self._local, "writer"):
+            fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0))
+            self._local.writer = fd
+            self._writers.append(fd)
+        return self._local.writer  # type: ignore[no-any-return]
+
+    def _move(self, fd: int, call: Callable[[int, list[memoryview], int], int], pages: Sequence[memoryview], first: int) -> int:
         """How many bytes were moved: all, or fewer where the file ends or O_DIRECT cannot go on."""
         views, offset, moved = list(pages), first * self._page_bytes, 0
         while views:
-            count = call(self._fd, views[:_MOST_BUFFERS], offset + moved)
+            count = call(fd, views[:_MOST_BUFFERS], offset + moved)
             moved += count
             if not count or (self._direct and count % DIRECT_ALIGNMENT):
                 break  # the end of the file
@@ -112,12 +126,13 @@ class SlotFile:
             os.ftruncate(self._fd, pages * self._page_bytes)
 
     def sync(self) -> None:
-        """Wait until what was written is on the device."""
-        os.fdatasync(self._fd)
+        """Wait until what this thread wrote is on the device. Raises `OSError` if that, or what others wrote then, is not."""
+        os.fdatasync(self._writer())
 
     def close(self) -> None:
         """Close the file. Once."""
-        os.close(self._fd)
+        for fd in (*self._writers, self._fd):
+            os.close(fd)
 
 
 def _is_aligned(page: memoryview) -> bool:
