@@ -124,6 +124,12 @@ def test_a_rank_that_decides_otherwise_is_named_with_the_first_step_and_both_not
     )
 
 
+def test_rank_0_is_named_where_the_others_are_at_one() -> None:
+    (finding,) = three([(1, 1, "a")], [(1, 1, "b")], [(1, 1, "b")]).findings
+    assert finding.ranks == (0,)
+    assert finding.text.endswith("rank 0 decided otherwise in step 1: 'a' where ranks 1, 2: 'b' (note 1)")
+
+
 def test_of_equally_many_the_lowest_rank_is_what_others_differ_from() -> None:
     (finding,) = three([(1, 1, "a")], [(1, 1, "b")], [(1, 1, "c")]).findings
     assert finding.ranks == (1, 2)
