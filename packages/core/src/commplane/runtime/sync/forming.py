@@ -11,7 +11,7 @@ from commplane.errors import CommplaneError, CommunicatorError, ConfigError, Mis
 from commplane.notice import notice
 from commplane.runtime.communicator import Communicator
 from commplane.runtime.sync.paths import Alone, HostByHost, OneGroup, Path
-from commplane.runtime.sync.roll_call import RollCall
+from commplane.runtime.sync.roll_call import BEFORE_ROLL_CALL, RollCall
 from commplane.runtime.sync.round import SyncRound
 from commplane.runtime.sync.schema import Schema
 from commplane.runtime.sync.segment import map_together
@@ -19,9 +19,6 @@ from commplane.runtime.sync.slots import Slots, segment_bytes
 from commplane.select import difference
 
 __all__ = ["chosen_specs", "form"]
-
-# Of the deadline of a round, for the exchange: the rest is for the roll call that names who is missing.
-_BEFORE_ROLL_CALL = 0.75
 
 
 def chosen_specs(registered: Mapping[str, SyncSpec], wanted: Sequence[str | SyncSpec] | None) -> list[SyncSpec]:
@@ -84,7 +81,7 @@ def form(
     if text is not None:
         raise MismatchError(f"{who} {text}")
     path = _path(name, ranks, bootstrap, facts, schema, timeout, startup, communicator, slots)
-    return SyncRound(name, bootstrap.rank, ranks, schema, path, RollCall(bootstrap), timeout, on_close)
+    return SyncRound(name, bootstrap.rank, ranks, schema, path, RollCall(bootstrap, who, timeout), timeout, on_close)
 
 
 def _path(
@@ -102,7 +99,7 @@ def _path(
         return Alone(schema.columns)
     hosts = facts.hosts(ranks)
     if len(hosts) in (1, len(ranks)):
-        patience = _BEFORE_ROLL_CALL * timeout
+        patience = BEFORE_ROLL_CALL * timeout
         whole = communicator(f"sync_{name}", ranks, patience)
         if not (slots and facts.same_host(ranks)):
             return OneGroup(schema.columns, whole)
@@ -116,7 +113,7 @@ def _path(
                 notice(f"[sync_{name}] sync round goes without slots in shared memory, which makes `issue` slower: {memory}")
             return OneGroup(schema.columns, whole)
         return Slots(schema.columns, bootstrap.rank, ranks, memory, patience, facts.dead, whole)
-    return _host_by_host(name, ranks, hosts, bootstrap, schema, _BEFORE_ROLL_CALL * timeout, startup, communicator)
+    return _host_by_host(name, ranks, hosts, bootstrap, schema, BEFORE_ROLL_CALL * timeout, startup, communicator)
 
 
 def _host_by_host(

@@ -16,14 +16,13 @@ class Path(Protocol):
     Attributes:
         buffer: what `Schema.pack_into` writes this rank's row to.
         communicators: the round's own.
-        names_who_is_missing: whether what `exchange` raises names the missing ranks of the whole group, wherever they are.
-        stages: waits for peers that follow one another in one exchange, each with the deadline of its communicator.
+        names_who_is_missing: whether `exchange` ends by the deadline of its communicator, however the ranks come to it, and
+            what it raises names the missing ranks of the whole group, wherever they are.
     """
 
     buffer: Any
     communicators: Sequence[Communicator]
     names_who_is_missing: bool
-    stages: int
 
     def exchange(self) -> Any:
         """The rows of all ranks in group order, an int64 array that the caller may change. Collective."""
@@ -63,7 +62,6 @@ class Alone:
 
     communicators: Sequence[Communicator] = ()
     names_who_is_missing = True
-    stages = 0
 
     def __init__(self, columns: int) -> None:
         import numpy as np
@@ -78,8 +76,6 @@ class Alone:
 
 class OneGroup:
     """One all-gather. What its plan runs decides how: through shared memory where it may, else torch."""
-
-    stages = 1
 
     def __init__(self, columns: int, communicator: Communicator) -> None:
         self.communicators: Sequence[Communicator] = (communicator,)
@@ -107,7 +103,6 @@ class HostByHost:
     """
 
     names_who_is_missing = False
-    stages = 3
 
     def __init__(
         self,

@@ -13,22 +13,22 @@ from commplane.flight import RoundNotes
 from commplane.notice import notice
 from commplane.runtime.sync.board import Board
 from commplane.runtime.sync.paths import Path, Threadless
-from commplane.runtime.sync.roll_call import RollCall
+from commplane.runtime.sync.roll_call import BEFORE_ROLL_CALL, RollCall
 from commplane.runtime.sync.schema import Schema
 from commplane.runtime.sync.worker import Worker
 
 __all__ = ["SyncRound"]
 
-# What a wait may take beyond the deadlines of what is waited for, before it is given up.
-_MARGIN_S = 5.0
+# How often one that waits for the thread looks whether another rank has given up.
+_LOOK_EVERY_S = 0.02
 
 
 class SyncRound:
     """Votes over one group. Made by `Plane.sync_round`, over communicators of its own that nothing else uses.
 
-    `step` runs on the thread that calls it. Inside a host `issue` leaves the row in shared memory, and `result` waits for
-    those of the others. Elsewhere `issue` gives the round to a thread of its own, made at the first `issue`, which waits for the
-    peers in native code without the GIL; in a group of one nothing is sent. Calls come from one thread at a time. After a
+    Inside a host `issue` leaves the row in shared memory, and `result` waits for those of the others; `step` runs on the thread
+    that calls it. Elsewhere the round is given to a thread of its own, which waits for the peers in native code without the GIL
+    and may be left there at the deadline. In a group of one nothing is sent. Calls come from one thread at a time. After a
     `PeerError` or a `MismatchError` every later call raises at once. A capture passes a round by.
 
     Attributes:
@@ -98,9 +98,14 @@ class SyncRound:
             PeerError: a rank is missing at the deadline; it is named.
         """
         self._write(values, digest)
-        self._out = False
         try:
-            return self._decide(self._exchange())
+            if self._path.names_who_is_missing:  # and ends by itself
+                self._out = False
+                return self._decide(self._exchange())
+            self._start()
+            rows = self._collect()
+            self._out = False
+            return self._decide(rows)
         except BaseException as error:
             self._out = False
             self.notes.fail()  # before the communicators are poisoned, which dumps
@@ -115,9 +120,7 @@ class SyncRound:
         self._write(values, digest)
         if self._threadless is None:
             if self.world_size > 1:
-                if self._worker is None:
-                    self._worker = Worker(self._exchange, f"commplane sync {self.name}")
-                self._worker.start()
+                self._start()
             return
         try:
             self._threadless.send()
@@ -163,17 +166,31 @@ class SyncRound:
             raise UnsupportedOperation(f"{self.who} {error}") from None
         self._out, self._began = True, time.monotonic()
 
+    def _start(self) -> None:
+        """Let the thread begin with the exchange."""
+        if self._worker is None:
+            self._worker = Worker(self._exchange, f"commplane sync {self.name}")
+            if not self._path.names_who_is_missing:
+                self._roll_call.attend(lambda: self._began if self._out else None)
+        self._worker.start()
+
     def _collect(self) -> Any:
         """The rows of the round that is out."""
         if self._threadless is not None:
             return self._threadless.collect()
         if self._worker is None:
             return self._exchange()
-        timeout = self._path.stages * self.timeout + _MARGIN_S
-        if not self._worker.wait(timeout):
-            raise PeerError(
-                f"{self.who} sync round, step {self.steps + 1}: no answer after {timeout:g} s, its thread still waits"
-            )
+        if self._path.names_who_is_missing:
+            ended = self._worker.wait(max(self._began + self.timeout - time.monotonic(), 0.0))
+        else:
+            deadline = self._began + BEFORE_ROLL_CALL * self.timeout
+            while not (ended := self._worker.wait(min(max(deadline - time.monotonic(), 0.0), _LOOK_EVERY_S))):
+                if self._roll_call.reason is not None:
+                    raise PeerError(f"another rank gave up first: {self._roll_call.reason}")
+                if time.monotonic() >= deadline:
+                    break
+        if not ended:
+            raise PeerError(f"no answer within {time.monotonic() - self._began:.3g} s")
         return self._worker.outcome()
 
     def _decide(self, rows: Any) -> dict[str, Any]:
@@ -199,24 +216,24 @@ class SyncRound:
             self._fault = AgreementError(f"{self.who} sync round, step {self.steps + 1}, was interrupted")
             self._poison(self._fault)
             return error
+        asked = not self._path.names_who_is_missing
+        if asked:
+            # First of all, because to poison may take a while. A result that is read late leaves the others time all the same.
+            now = time.monotonic()
+            self._roll_call.call(max(self._began + self.timeout, now + (1 - BEFORE_ROLL_CALL) * self.timeout))
         self._poison(error)
         if isinstance(error, PeerError):
-            error = self._named(error)
+            error = self._named(error, self._roll_call.missing() if asked else error.missing_ranks)
         self._fault = error if isinstance(error, CommplaneError) else CommunicatorError(f"{type(error).__name__}: {error}")
         return error
 
-    def _named(self, error: PeerError) -> PeerError:
-        """`error` with the ranks that are missing from the round."""
-        missing: Sequence[int] | None = error.missing_ranks
-        if not self._path.names_who_is_missing:
-            # The others may be at it up to their own deadline.
-            left = self._began + self.timeout - time.monotonic()
-            missing = self._roll_call.missing(max(left, self.timeout / 4))
+    def _named(self, error: PeerError, missing: Sequence[int] | None) -> PeerError:
+        """`error` with the ranks that are missing from the round; None where that is not known."""
         what = f"{self.who} sync round, step {self.steps + 1}"
         if missing:
             names = f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing))}"
             return PeerError(f"{what}: {names} did not take part: {error}", missing)
-        if missing is None:
+        if missing is None or self._path.names_who_is_missing:
             return PeerError(f"{what}: {error}", error.missing_ranks)
         return PeerError(f"{what}: all ranks are alive, and the connection between some is lost or slow: {error}")
 
@@ -247,15 +264,18 @@ class SyncRound:
             for c in self._path.communicators:
                 c.abort()
         if self._worker is not None:
-            patience = self._path.stages * self.timeout + _MARGIN_S if wait else 1.0
+            patience = max(self._began + self.timeout - time.monotonic(), 0.0) if wait else 1.0
             if self._out and self._worker.wait(patience):
                 try:
                     self._worker.outcome()
                 except Exception as error:  # nobody is going to read this round
                     self._poison(error)
-            if not self._worker.stop(1.0) and wait:
+            # After a fault the thread may still be in a call of the transport, which ends at the deadline of that.
+            ended = self._worker.stop(self.timeout if wait and self._fault is not None else 1.0)
+            if not ended and wait and self._fault is None:
                 notice(f"{self.who} sync round: closed while a round is out, which some rank never came to", stacklevel=4)
         self.notes.closed = True
+        self._roll_call.stop()
         self._closed, self._out = True, False
         if self._threadless is not None:
             self._threadless.close()
@@ -274,3 +294,4 @@ class SyncRound:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
             if self._worker is not None:
                 self._worker.stop(0.0)
+            self._roll_call.stop()

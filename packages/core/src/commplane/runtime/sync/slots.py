@@ -62,7 +62,6 @@ class Slots:
     """
 
     names_who_is_missing = True
-    stages = 1
 
     def __init__(
         self,
