@@ -146,7 +146,7 @@ def test_the_ipv6_wildcard_takes_ipv4_too_and_an_ipv6_address_does_not() -> None
         socket.create_connection(("127.0.0.1", bound.port), timeout=5)
 
 
-@pytest.mark.parametrize(("host", "port"), [("192.0.2.1", 0), ("127.0.0.1", 70000), ("no such host.invalid", 0)])
+@pytest.mark.parametrize(("host", "port"), [("192.0.2.1", 0), ("127.0.0.1", 70000), ("no such host.invalid", 0), ("a..b", 0)])
 def test_what_cannot_be_bound_is_an_error_that_names_it(host: str, port: int) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen on {host}:{port}: "):
         bind_listener(host, port)

@@ -14,12 +14,16 @@ from commplane.errors import ConfigError
 from commplane_disagg.channel import messages as m
 from commplane_disagg.channel.link import Link, Stage
 from commplane_disagg.channel.process import identity
+from commplane_disagg.resolve import resolve
 
 __all__ = ["Channel", "Down", "Event", "Said", "Up", "bind"]
 
 
 _ACCEPTS = 128
 """Connections that one `poll` takes at most."""
+
+_RESOLVE_S = 1.0
+"""What a name server may take of a step; an address costs nothing, and who registers may well do so with one."""
 
 _UNUSABLE = (OSError, ValueError, OverflowError)
 """What an address raises that is none: ValueError for a name that cannot be encoded, as UnicodeError or for a null in it."""
@@ -229,7 +233,7 @@ class Channel:
             target.tries += 1
             target.again = now + min(2.0, 0.05 * 2 ** min(target.tries, 8)) * random.uniform(0.75, 1.25)
             try:
-                family, kind, proto, _, address = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)[0]
+                family, kind, proto, _, address = resolve(target.host, target.port, time.monotonic() + _RESOLVE_S)[0]
                 sock = socket.socket(family, kind, proto)
             except _UNUSABLE as error:
                 target.why = f"{target.host} port {target.port}: {error}"
