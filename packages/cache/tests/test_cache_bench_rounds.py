@@ -20,7 +20,7 @@ def test_a_short_run_has_every_figure_and_leaves_no_process() -> None:
     short = ["--ranks", "1", "2", "--passes", "1", "--calls", "3", "--steps", "1", "--work-ms", "0.5"]
     out = json.loads(json.dumps(rounds.run(parser.parse_args(short))))
     assert list(out["rounds"]["1"]) == ["round"]
-    assert set(out["rounds"]["2"]) == {"round", "gloo all-reduce", "round by its thread", "round over torch"}
+    assert set(out["rounds"]["2"]) == {"round", "gloo all-reduce", "round, issued", "round over torch"}
     steps = {"no round", "pipelined", "blocking", "pipelined over torch"}
     assert {work: set(found) for work, found in out["steps"].items()} == {"torch": steps, "python": steps}
     figures = [f for part in ("rounds", "steps") for group in out[part].values() for f in group.values()]

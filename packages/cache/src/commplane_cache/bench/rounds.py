@@ -241,7 +241,7 @@ def _measure(job: _Job) -> dict[str, Any]:
         candidates: dict[str, Callable[[], Any]] = {"round": lambda: shared.step(values)}
         if job.world_size > 1:
             candidates = {"gloo all-reduce": _gloo(store, job, 3 + job.fields), **candidates}
-            candidates["round by its thread"] = ahead
+            candidates["round, issued"] = ahead
             candidates["round over torch"] = lambda: over_torch.step(values)
         out: dict[str, Any] = {"plan": list(shared.communicators[0].plan.backends) if shared.communicators else []}
         if not job.works:
