@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from commplane.agree.device import settle
-from commplane.api import BackendSpec, BuildContext, Capability, Collective, CommBackend, ReduceOp
+from commplane.api import (
+    BackendSpec,
+    BuildContext,
+    Capability,
+    Collective,
+    CommBackend,
+    QuantFormat,
+    Quantization,
+    ReduceOp,
+    misquantized,
+    quantize,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,10 +65,11 @@ def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> Non
             continue
         for name in sorted(spec.dtypes) or ["float32"]:
             dtype = getattr(torch, name)
-            if collective is Collective.ALL_REDUCE_RMS_NORM:
-                if dtype.is_floating_point:
+            if collective.norms:
+                hows = [None] if collective is Collective.ALL_REDUCE_RMS_NORM else _quantizations(spec, context.device)
+                for how in hows if dtype.is_floating_point else ():
                     for salt in (0, 1):
-                        _check_norm(backend, context, dtype, salt)
+                        _check_norm(backend, context, dtype, salt, how)
                 continue
             ops: list[ReduceOp | None] = [None]
             if collective.reduces:
@@ -114,9 +126,23 @@ def _run(
         yield f"broadcast from {src}", backend.broadcast(mine, src), rows[src]
 
 
-def _check_norm(backend: CommBackend, context: BuildContext, dtype: torch.dtype, salt: int) -> None:
+def _quantizations(spec: BackendSpec, device: str) -> list[Quantization]:
+    """Each format of the spec, with a scale where it wants one."""
+    scales = {QuantFormat.FP8_STATIC: 0.25, QuantFormat.NVFP4: 16.0}
+    return [
+        Quantization(f, torch.tensor([scales[f]], device=device) if f in scales else None)
+        for f in QuantFormat
+        if f in spec.formats
+    ]
+
+
+def _check_norm(
+    backend: CommBackend, context: BuildContext, dtype: torch.dtype, salt: int, how: Quantization | None = None
+) -> None:
     """Three rows whose squares have the means 3, 15 and 63, which an eps of 1 makes powers of 4; in the second round times 4."""
     rows = _values(context, dtype, salt).repeat(1, 4).reshape(context.world_size, 3, -1)
+    if how is not None:  # as long as a group, which every format divides
+        rows = rows.repeat(1, 1, how.group // 4)
     hidden = rows.shape[-1]
     scale = 1 + salt
     new = torch.tensor([[1, 3, -1, 1], [1, -1, 3, 7], [-1, 1, 9, 13]]).mul_(scale).repeat(1, hidden // 4).to(rows)
@@ -125,9 +151,25 @@ def _check_norm(backend: CommBackend, context: BuildContext, dtype: torch.dtype,
     weight = (torch.arange(hidden, device=rows.device) % 7 + 0.5).to(dtype)
     eps, weight_bias = float(scale**2), float(salt)
     norm = new.double() * inverse * (weight_bias + weight.double())
-    what = f"all_reduce_rms_norm with eps {eps:g} and weight_bias {weight_bias:g} of {str(dtype).removeprefix('torch.')}"
+    what = f"eps {eps:g} and weight_bias {weight_bias:g} of {str(dtype).removeprefix('torch.')}"
     inputs = rows[context.rank].clone(), residual.clone(), weight.clone()
-    got, total = backend.all_reduce_rms_norm(*inputs, eps, weight_bias)
+    if how is None:
+        what = f"all_reduce_rms_norm with {what}"
+        got, total = backend.all_reduce_rms_norm(*inputs, eps, weight_bias)
+    else:
+        what = f"all_reduce_rms_norm_quant to {how.format} with {what}"
+        quantized, kept, total = backend.all_reduce_rms_norm_quant(*inputs, eps, weight_bias, how, True)
+        if kept is None:
+            raise CanaryError(f"{what} gave no norm, which was asked for")
+        got = kept
+        alone, none, _ = backend.all_reduce_rms_norm_quant(*inputs, eps, weight_bias, how, False)
+        settle(context.device)
+        wanted = quantize(got, how)
+        wrong = (
+            misquantized(quantized, wanted) or misquantized(alone, wanted) or (none is not None and "a norm was not asked for")
+        )
+        if wrong:
+            raise CanaryError(f"{what} is wrong: {wrong}")
     settle(context.device)
     _compare(f"the residual of {what}", total, new, None, context)
     for name, after, before in zip(("tensor", "residual", "weight"), inputs, (rows[context.rank], residual, weight), strict=True):
@@ -139,9 +181,9 @@ def _check_norm(backend: CommBackend, context: BuildContext, dtype: torch.dtype,
             f"wanted {dtype}{list(norm.shape)} for both"
         )
     place = torch.finfo(dtype).eps * torch.exp2(norm.abs().log2().floor())
-    wrong = ~((got.double() - norm).abs() <= _NORM_ULPS * place)
-    if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
+    off = ~((got.double() - norm).abs() <= _NORM_ULPS * place)
+    if bool(off.any()):
+        row, column = off.nonzero()[0].tolist()
         raise CanaryError(
             f"{what} is wrong: the norm at row {row}, column {column} is {got[row, column].item():g}, "
             f"wanted {norm[row, column].item():g}"

@@ -19,6 +19,8 @@ from commplane.errors import UnsupportedOperation
 if TYPE_CHECKING:
     import torch
 
+    from commplane.api.quantize import Quantization, Quantized
+
 __all__ = ["BuildContext", "CommBackend", "ProbeRequest", "refuse_overlap"]
 
 
@@ -152,6 +154,24 @@ class CommBackend(ABC):
         """
         raise self._unsupported(Capability.ALL_REDUCE_RMS_NORM)
 
+    def all_reduce_rms_norm_quant(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+        how: Quantization,
+        keep_norm: bool,
+    ) -> tuple[Quantized, torch.Tensor | None, torch.Tensor]:
+        """`all_reduce_rms_norm` with the norm quantised. Collective; since comm 1.3.
+
+        Returns the quantised norm, the norm itself if `keep_norm`, and the new residual. The norm is rounded to its dtype before
+        it is quantised; a value may be one step of the format from `commplane.api.quantize` where the norm is one step of its
+        dtype off. What the communicator has checked is the same, and that hidden fits the format.
+        """
+        raise self._unsupported(Capability.ALL_REDUCE_RMS_NORM_QUANT)
+
     def barrier(self) -> None:
         """Return when all ranks have come here. Collective."""
         raise self._unsupported(Capability.BARRIER)
@@ -210,9 +230,9 @@ class CommBackend(ABC):
         """The callable that the dispatch table holds for one (collective, op, dtype). Local.
 
         It takes what the method takes, but for `op`: the tensor, then ``src`` for broadcast, or residual, weight, eps and
-        weight_bias, all by position. `in_place` is for all-reduce and all_reduce_rms_norm, whose results then go into the tensor
-        and the residual. Override to hand out something leaner than a method. Bound anew after each
-        `init_workspace`, so it may hold on to what was built.
+        weight_bias (and how to quantise, and whether to keep the norm), all by position. `in_place` is for all-reduce and
+        all_reduce_rms_norm, whose results then go into the tensor and the residual. Override to hand out something leaner than
+        a method. Bound anew after each `init_workspace`, so it may hold on to what was built.
         """
         if collective is Collective.ALL_REDUCE:
             method = self.all_reduce_ if in_place else self.all_reduce

@@ -17,12 +17,14 @@ from commplane.runtime.capture import agree_on_capture
 from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable
 from commplane.runtime.joint import JointSteps
 from commplane.runtime.memory import GroupMemory
-from commplane.runtime.norm import fits, misfit
+from commplane.runtime.norm import fits, misfit, quantizes
 from commplane.select import Plan
 from commplane.tracer import without_data
 
 if TYPE_CHECKING:
     import torch
+
+    from commplane.api import Quantization, Quantized
 
 __all__ = ["Communicator"]
 
@@ -230,6 +232,43 @@ class Communicator:
         except Exception as error:
             raise self._failed(error, tensor) from error.__cause__
         return tensor, residual
+
+    def all_reduce_rms_norm_quant(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        how: Quantization,
+        eps: float = 1e-6,
+        weight_bias: float = 0.0,
+        *,
+        keep_norm: bool = False,
+    ) -> tuple[Quantized, torch.Tensor | None, torch.Tensor]:
+        """`all_reduce_rms_norm` with the norm quantised for the matrix product that follows.
+
+        Args:
+            tensor: this rank's partial sums, ``[..., hidden]``.
+            residual: same shape and dtype, equal on all ranks.
+            weight: ``[hidden]``, of the same dtype.
+            how: the format, and what it needs; equal on all ranks.
+            eps: added to the mean square; equal on all ranks, as are the next two.
+            weight_bias: added to the weight; 1.0 is Gemma's.
+            keep_norm: whether the norm is wanted as well.
+
+        Returns:
+            The quantised norm, the norm or None, and the new residual, all new. The norm is rounded to its dtype, then quantised.
+
+        Raises:
+            UnsupportedOperation, MismatchError, PeerError: as `all_reduce_rms_norm`.
+        """
+        if not (fits(tensor, residual, weight, eps, weight_bias) and quantizes(tensor, how)):
+            found = misfit(tensor, residual, weight, eps, weight_bias, how)
+            raise UnsupportedOperation(f"{self.who} all_reduce_rms_norm_quant {found}")
+        call = self._table["all_reduce_rms_norm_quant", how.format, tensor.dtype]
+        try:
+            return call(tensor, residual, weight, eps, weight_bias, how, keep_norm)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise self._failed(error, tensor) from error.__cause__
 
     def _at_least_one_dimension(self, what: str, tensor: torch.Tensor) -> None:
         if tensor.dim() == 0:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from commplane.api import BackendSpec, Capability, Collective, GroupKey, ReduceOp, SizeRange
+from commplane.api import BackendSpec, Capability, Collective, GroupKey, QuantFormat, ReduceOp, SizeRange, Variant
 from commplane.errors import UnsupportedOperation
 from commplane.select.offers import ANY_DTYPE, Offer, of_graphs
-from commplane.select.routes import Route, compile_routes, has_mean, has_norm, in_class, joined, take
+from commplane.select.routes import Route, compile_routes, has_mean, has_norm, in_class, joined, serves, take
 
 __all__ = ["Candidate", "Explanation", "Plan"]
 
@@ -128,9 +128,9 @@ class Plan:
         everything = [self.to_json(), [s.to_json() for s in self.specs], self.numerics, [o.to_json() for o in self.offers]]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
-    def find(self, collective: Collective, op: ReduceOp | None, dtype: str, *, capturing: bool = False) -> list[Route]:
+    def find(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> list[Route]:
         """The routes of one (collective, op, dtype), by size."""
-        if collective is Collective.ALL_REDUCE_RMS_NORM and not has_norm(dtype):
+        if collective.norms and not has_norm(dtype):
             return []
         wanted = (collective, op)
         routes = self._routes(capturing)
@@ -140,21 +140,28 @@ class Plan:
     def _routes(self, capturing: bool) -> tuple[Route, ...]:
         return self.captured if capturing and self.captured is not None else self.routes
 
-    def composed(self, dtype: str, *, capturing: bool = False) -> list[Route]:
-        """The sizes of `all_reduce_rms_norm` that no backend has whole and some backend can all-reduce.
+    def composed(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> list[Route]:
+        """The sizes of `all_reduce_rms_norm`, or of it quantised, that no backend has whole and some backend has a part of.
 
-        Each as the route of that all-reduce; torch does the rest there.
+        Each as the route of that part, which is an all-reduce, or the norm not quantised; torch does the rest there.
         """
-        if not has_norm(dtype):
+        if not (collective.norms and has_norm(dtype)):
             return []
         free: list[tuple[int, int | None]] = [(0, None)]
-        for r in self.find(Collective.ALL_REDUCE_RMS_NORM, None, dtype, capturing=capturing):
+        for r in self.find(collective, op, dtype, capturing=capturing):
             free = take(free, r.low, r.high)[1]
         routes: list[Route] = []
-        for r in self.find(Collective.ALL_REDUCE, ReduceOp.SUM, dtype, capturing=capturing):
+        for r in self._parts(collective, dtype, capturing=capturing):
             taken, free = take(free, r.low, r.high)
             routes.extend(replace(r, low=low, high=high, algorithm="") for low, high in taken)
         return joined(sorted(routes, key=lambda r: r.low))
+
+    def _parts(self, collective: Collective, dtype: str, *, capturing: bool) -> list[Route]:
+        """What a composed collective begins with, best first."""
+        if collective is Collective.ALL_REDUCE_RMS_NORM:
+            return self.find(Collective.ALL_REDUCE, ReduceOp.SUM, dtype, capturing=capturing)
+        norm = (Collective.ALL_REDUCE_RMS_NORM, None, dtype)
+        return [*self.find(*norm, capturing=capturing), *self.composed(*norm, capturing=capturing)]
 
     def explain(
         self,
@@ -167,20 +174,19 @@ class Plan:
     ) -> Explanation:
         """What runs for a message of `nbytes`, and why each other backend does not. Local, equal on every rank.
 
-        `graph` asks for a call that is made while a capture is open.
+        `op` is a reduction, or of all_reduce_rms_norm_quant the format; other collectives do not look at it. `graph` asks for a
+        call that is made while a capture is open.
         """
-        if collective not in Collective._value2member_map_ or op not in ReduceOp._value2member_map_:
-            raise UnsupportedOperation(
-                f"explain wants one of {', '.join(Collective)} with op {', '.join(ReduceOp)}, found {collective!r} with {op!r}"
-            )
+        if collective not in Collective._value2member_map_:
+            raise UnsupportedOperation(f"explain wants one of {', '.join(Collective)}, found {collective!r}")
         kind = Collective(collective)
         name = str(dtype).removeprefix("torch.")
-        reduction = ReduceOp(op) if kind.reduces else None
+        reduction = _variant(kind, op)
+        if reduction is None and kind.variants != (None,):
+            raise UnsupportedOperation(f"explain {kind} wants one of {', '.join(map(str, kind.variants))}, found {op!r}")
         route = _serving(self.find(kind, reduction, name, capturing=graph), nbytes)
         chosen = None if route is None else route.backend
-        composed = None
-        if route is None and kind is Collective.ALL_REDUCE_RMS_NORM:
-            composed = _serving(self.composed(name, capturing=graph), nbytes)
+        composed = None if route is not None else _serving(self.composed(kind, reduction, name, capturing=graph), nbytes)
         specs = {s.name: s for s in self.specs}
         others = []
         for c in self.candidates:
@@ -197,7 +203,7 @@ class Plan:
         what = f"{kind}({', '.join([*parts, name, f'{nbytes} bytes'])}){' in a graph' if graph else ''} in {self.key}"
         if route is not None:
             return Explanation(what, chosen, tuple(others), route.algorithm, route.low, route.high)
-        return Explanation(what, None if composed is None else _composed_of(composed.backend), tuple(others))
+        return Explanation(what, None if composed is None else _composed_of(composed), tuple(others))
 
     def unsupported(
         self,
@@ -211,9 +217,9 @@ class Plan:
     ) -> UnsupportedOperation:
         """The error for a call that no route serves, with the reason of each backend."""
         specs = {s.name: s for s in self.specs}
-        reduction = ReduceOp(op) if op in ReduceOp._value2member_map_ else None
+        reduction = _variant(collective, op)
         if op is not None and reduction is None:
-            return UnsupportedOperation(f"{who} {collective}: wanted op {', '.join(map(str, ReduceOp))}, found {op!r}")
+            return UnsupportedOperation(f"{who} {collective}: wanted op {', '.join(map(str, collective.variants))}, found {op!r}")
         call = (collective, reduction, dtype, nbytes or 0, capturing)
         reasons = [f"{n}: {self._why_not_at_all(specs[n], *call)}" for n in self.backends]
         size = "" if nbytes is None else f"{nbytes} bytes of "
@@ -231,24 +237,26 @@ class Plan:
                 ops, dtypes = served.setdefault((r.label, r.low, r.high), (set(), set()))
                 ops.add(str(r.op))
                 dtypes.add(r.dtype)
-        if collective is Collective.ALL_REDUCE_RMS_NORM:
+        for op in collective.variants if collective.norms else ():
             for dtype in sorted({r.dtype for r in routes}):
-                for r in self.composed(dtype, capturing=capturing):
-                    served.setdefault((_composed_of(r.backend), r.low, r.high), (set(), set()))[1].add(dtype)
+                for r in self.composed(collective, op, dtype, capturing=capturing):
+                    ops, dtypes = served.setdefault((_composed_of(r), r.low, r.high), (set(), set()))
+                    ops.add(str(op))
+                    dtypes.add(dtype)
         lines = []
         name = f"{collective} (graph)" if capturing else str(collective)
         for (label, low, high), (ops, dtypes) in sorted(served.items(), key=lambda item: item[0][1]):
             size = "" if (low, high) == (0, None) else f", {low} <= bytes < {high or 'inf'}"
-            some = f" {', '.join(sorted(ops))}" if collective.reduces and len(ops) < len(ReduceOp) else ""
+            some = f" {', '.join(sorted(ops))}" if len(ops) < len(collective.variants) else ""
             what = "" if collective is Collective.BARRIER else f" {', '.join(sorted(dtypes))}"
             lines.append(f"{name:<20}{label:<11}{some}{what}{size}".rstrip())
         return lines
 
     def _why_not(
-        self, spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int, capturing: bool
+        self, spec: BackendSpec, collective: Collective, op: Variant | None, dtype: str, nbytes: int, capturing: bool
     ) -> str:
         """The declared limit of `spec` that a call is outside of, or an empty string."""
-        if collective is Collective.ALL_REDUCE_RMS_NORM and not has_norm(dtype):
+        if collective.norms and not has_norm(dtype):
             return f"{collective} wants a floating-point dtype, found {dtype}"
         if collective not in spec.collectives():
             return f"does not declare {collective}"
@@ -256,8 +264,9 @@ class Plan:
             return "does not add in rank order, which the setting numerics=rank_order demands"
         if op is ReduceOp.AVG and not has_mean(dtype):
             return f"op avg wants a floating-point dtype, found {dtype}: use sum and divide"
-        if op is not None and op not in spec.ops:
-            return f"serves op {', '.join(sorted(map(str, spec.ops)))}, not {op}"
+        if not serves(spec, op):
+            of = spec.formats if isinstance(op, QuantFormat) else spec.ops
+            return f"serves {'format' if of is spec.formats else 'op'} {', '.join(sorted(map(str, of)))}, not {op}"
         if spec.dtypes and collective is not Collective.BARRIER and dtype not in spec.dtypes:
             return f"serves {', '.join(sorted(spec.dtypes))}, not {dtype}"
         if nbytes < spec.min_bytes:
@@ -271,11 +280,11 @@ class Plan:
         return ""
 
     def _why_not_at_all(
-        self, spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int, capturing: bool
+        self, spec: BackendSpec, collective: Collective, op: Variant | None, dtype: str, nbytes: int, capturing: bool
     ) -> str:
         """`_why_not`, and why the collective cannot be composed of what `spec` has either."""
         reason = self._why_not(spec, collective, op, dtype, nbytes, capturing)
-        if collective is Collective.ALL_REDUCE_RMS_NORM and has_norm(dtype):
+        if collective.norms and has_norm(dtype):
             part = self._why_not(spec, Collective.ALL_REDUCE, ReduceOp.SUM, dtype, nbytes, capturing)
             reason += f", nor can it be composed: {part}"
         return reason
@@ -306,7 +315,9 @@ class Plan:
 
     def _of(self, collective: Collective, *, capturing: bool) -> list[Route]:
         """What decides about `collective`: its routes, and those that it may be composed of."""
-        parts = {collective, Collective.ALL_REDUCE} if collective is Collective.ALL_REDUCE_RMS_NORM else {collective}
+        parts = {collective}
+        if collective.norms:
+            parts |= {Collective.ALL_REDUCE, Collective.ALL_REDUCE_RMS_NORM}
         return [r for r in self._routes(capturing) if r.collective in parts]
 
 
@@ -314,5 +325,10 @@ def _serving(routes: Sequence[Route], nbytes: int) -> Route | None:
     return next((r for r in routes if r.serves(nbytes)), None)
 
 
-def _composed_of(backend: str) -> str:
-    return f"composed of all_reduce by {backend} and torch"
+def _composed_of(part: Route) -> str:
+    return f"composed of {part.collective} by {part.backend} and torch"
+
+
+def _variant(collective: Collective, name: str | None) -> Variant | None:
+    """What `name` is among the variants of `collective`; None where it has none, or not this one."""
+    return next((v for v in collective.variants if v is not None and v == name), None)

@@ -6,21 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from commplane.api import BackendSpec, Collective, Numerics, ReduceOp, SizeRange
+from commplane.api import BackendSpec, Collective, Numerics, QuantFormat, ReduceOp, SizeRange, Variant
 from commplane.select.offers import ANY_DTYPE, Offer
 
-__all__ = ["Route", "compile_routes", "has_mean", "has_norm", "in_class", "joined", "take"]
+__all__ = ["Route", "compile_routes", "has_mean", "has_norm", "in_class", "joined", "serves", "take"]
 
 
 @dataclass(frozen=True)
 class Route:
     """``low <= bytes < high`` of one (collective, op, dtype) go to one backend. `high` None means without limit.
 
+    Of `all_reduce_rms_norm_quant` the op is the format.
+
     `algorithm` is what the backend says it runs there, if it does.
     """
 
     collective: Collective
-    op: ReduceOp | None
+    op: Variant | None
     dtype: str
     low: int
     high: int | None
@@ -52,6 +54,11 @@ def has_norm(dtype: str) -> bool:
     return dtype == ANY_DTYPE or dtype.startswith(("float", "bfloat"))
 
 
+def serves(spec: BackendSpec, op: Variant | None) -> bool:
+    """Whether the spec has this op or format."""
+    return op is None or op in (spec.formats if isinstance(op, QuantFormat) else spec.ops)
+
+
 def in_class(spec: BackendSpec, numerics: str) -> bool:
     """Whether what a backend promises of the order of additions is enough for the setting `numerics`."""
     return numerics == "any" or spec.numerics is Numerics.RANK_ORDER
@@ -69,14 +76,13 @@ def compile_routes(
     routes: list[Route] = []
     for collective in Collective:
         serving = [s for s in specs if collective in s.collectives()]
-        ops: list[ReduceOp | None] = list(ReduceOp) if collective.reduces else [None]
         named = sorted({d for s in serving for d in s.dtypes})
         dtypes = [ANY_DTYPE] if collective is Collective.BARRIER else [*named, ANY_DTYPE]
-        for op in ops:
+        for op in collective.variants:
             for dtype in dtypes:
                 free: list[tuple[int, int | None]] = [(0, None)]
                 for spec in serving:
-                    if op is not None and op not in spec.ops:
+                    if not serves(spec, op):
                         continue
                     if collective.combines and not in_class(spec, numerics):
                         continue
@@ -84,7 +90,7 @@ def compile_routes(
                         continue
                     if op is ReduceOp.AVG and not has_mean(dtype):
                         continue
-                    if collective is Collective.ALL_REDUCE_RMS_NORM and not has_norm(dtype):
+                    if collective.norms and not has_norm(dtype):
                         continue
                     low, high = spec.min_bytes, None if spec.max_bytes is None else spec.max_bytes + 1
                     if collective is Collective.BARRIER:  # has no size
