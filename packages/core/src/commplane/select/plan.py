@@ -237,6 +237,8 @@ class Plan:
                 ops, dtypes = served.setdefault((r.label, r.low, r.high), (set(), set()))
                 ops.add(str(r.op))
                 dtypes.add(r.dtype)
+        if collective is Collective.ALL_REDUCE_RMS_NORM_QUANT and not served:
+            return []  # in every format what the norm is, and torch
         for op in collective.variants if collective.norms else ():
             for dtype in sorted({r.dtype for r in routes}):
                 for r in self.composed(collective, op, dtype, capturing=capturing):
@@ -249,7 +251,7 @@ class Plan:
             size = "" if (low, high) == (0, None) else f", {low} <= bytes < {high or 'inf'}"
             some = f" {', '.join(sorted(ops))}" if len(ops) < len(collective.variants) else ""
             what = "" if collective is Collective.BARRIER else f" {', '.join(sorted(dtypes))}"
-            lines.append(f"{name:<20}{label:<11}{some}{what}{size}".rstrip())
+            lines.append(f"{name:<20}{' ' * (len(name) >= 20)}{label:<11}{some}{what}{size}".rstrip())
         return lines
 
     def _why_not(
