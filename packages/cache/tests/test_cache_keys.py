@@ -47,6 +47,8 @@ def test_a_scheme_that_leaves_something_open_is_refused():
         KeyScheme(**{**SCHEME, "revision": ""})
     with pytest.raises(ConfigError, match="at least one token in a page, found 0"):
         KeyScheme(**{**SCHEME, "page_tokens": 0})
+    with pytest.raises(TypeError, match="'shard'"):  # no default: ranks that hold different parts would serve each other's
+        KeyScheme(**{name: value for name, value in SCHEME.items() if name != "shard"})
 
 
 def test_a_key_names_the_whole_prefix_and_full_pages_only():

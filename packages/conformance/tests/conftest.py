@@ -17,7 +17,13 @@ HERE = Path(__file__).parent
 def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Kit:
     """Install a plugin as a wheel of the name `subject` for the time of the test, and run the kit on it from an empty folder."""
 
-    def run(plugin: str, *options: str, tests: tuple[str, ...] = ("commplane_conformance",), backend: str = "subject") -> Run:
+    def run(
+        plugin: str,
+        *options: str,
+        tests: tuple[str, ...] = ("commplane_conformance",),
+        backend: str = "subject",
+        kind: str = "backend",
+    ) -> Run:
         site = tmp_path / "site"
         info = site / "subject-1.0.dist-info"
         if not info.exists():
@@ -34,7 +40,7 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         monkeypatch.chdir(tmp_path / "empty")
         report = tmp_path / "report.json"
         report.unlink(missing_ok=True)
-        arguments = ["--commplane-backend", backend] if backend else []
+        arguments = [f"--commplane-{kind}", backend] if backend else []
         capfd.readouterr()
         code = pytest.main(
             ["-p", "no:cacheprovider", "--pyargs", *tests, *arguments, "--commplane-report", str(report), *options]

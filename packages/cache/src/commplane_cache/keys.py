@@ -32,7 +32,8 @@ class KeyScheme:
         page_tokens: tokens in a page.
         layout: how keys and values lie in a page: order of layers, heads and halves, such as ``"layer,kv,token,head,dim"``.
         shard: which part of it this rank holds, such as ``"heads 0-15 of 32, tokens 0 of 2"``: name the bytes, not the rank that
-            wrote them, so that another rank with the same part finds it.
+            wrote them, so that another rank with the same part finds it. ``"whole"`` where every rank holds all of it; there is
+            no default, because ranks that hold different parts under one name would be served each other's bytes.
     """
 
     model: str
@@ -40,7 +41,7 @@ class KeyScheme:
     dtype: str
     page_tokens: int
     layout: str
-    shard: str = "whole"
+    shard: str
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1:

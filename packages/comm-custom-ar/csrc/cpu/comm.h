@@ -152,14 +152,15 @@ inline bool any_aborted(const Comm& comm) {
 }
 
 // Waits until every peer has published `step` and compares its descriptor with ours. Not OK poisons the communicator.
+// One deadline for all peers: where they come one after the other, each late, this rank still gives up at its own.
 inline int await(Comm& comm, uint64_t step, const Descriptor& descriptor) {
-    uint64_t difference = 0;
+    uint64_t difference = 0, begun = 0;
     for (uint32_t rank = 0; rank < comm.world; ++rank) {
         if (rank == comm.rank) continue;
         const FlagLine& line = comm.control[rank]->ring[step % kRing];
         if (line.step.load(std::memory_order_acquire) != step) {
             const Waited waited = bounded_wait(
-                comm.oversubscribed, comm.timeout_ns.load(std::memory_order_relaxed),
+                comm.oversubscribed, comm.timeout_ns.load(std::memory_order_relaxed), begun,
                 [&] { return line.step.load(std::memory_order_relaxed) == step; }, [&] { return any_aborted(comm); },
                 [&] { return should_stop(comm, step, descriptor); });
             if (waited != Waited::kReady) [[unlikely]] return await_slowly(comm, step, descriptor);

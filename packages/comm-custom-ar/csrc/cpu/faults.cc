@@ -181,8 +181,9 @@ int fail_mismatch(Comm& comm, uint64_t step, const Descriptor& mine) {
     // The ranks not here yet belong to the picture, but a known mistake does not wait for them for long.
     uint64_t grace = comm.timeout_ns.load(std::memory_order_relaxed);
     if (grace > kMismatchGraceNs) grace = kMismatchGraceNs;
+    uint64_t begun = 0;
     bounded_wait(
-        comm.oversubscribed, grace, [&] { return missing_at(comm, step) == 0; }, [&] { return any_aborted(comm); },
+        comm.oversubscribed, grace, begun, [&] { return missing_at(comm, step) == 0; }, [&] { return any_aborted(comm); },
         [] { return false; });
     const uint64_t mismatch = mismatch_at(comm, step, mine);
     poison(comm, COMMPLANE_CAR_EMISMATCH, mine, missing_at(comm, step), mismatch, 0);

@@ -28,8 +28,10 @@ inline uint64_t now_ns() {
 
 enum class Waited { kReady, kAborted, kExpired, kStopped };
 
-// Polls `ready` until it holds, `aborted` or `stopped` holds, or `timeout_ns` has passed. `ready` does a relaxed load; who
-// needs the data behind the flag loads it once more with acquire.
+// Polls `ready` until it holds, `aborted` or `stopped` holds, or `timeout_ns` has passed since `begun`. `ready` does a relaxed
+// load; who needs the data behind the flag loads it once more with acquire.
+//
+// `begun` is 0 before the first of several waits that share one deadline; the first that is not over at once sets it.
 //
 //   spin    1024 polls (some tens of us) with neither clock nor system call: the common wait ends here.
 //   yield   up to 10 ms: the core is probably wanted elsewhere. The abort words and the clock are looked at every 16 polls, for
@@ -40,12 +42,12 @@ enum class Waited { kReady, kAborted, kExpired, kStopped };
 // `stopped` may make system calls; it is asked about every 20 ms of the last phase, and its yes is final: it may have used up what
 // it was told, such as a signal.
 template <class Ready, class Aborted, class Stopped>
-Waited bounded_wait(bool oversubscribed, uint64_t timeout_ns, Ready ready, Aborted aborted, Stopped stopped) {
+Waited bounded_wait(bool oversubscribed, uint64_t timeout_ns, uint64_t& begun, Ready ready, Aborted aborted, Stopped stopped) {
     constexpr uint64_t kYieldNs = 10000000, kAskNs = 20000000;
     constexpr timespec kNap = {0, 50000};
     enum { kSpin, kYield, kSleep } phase = oversubscribed ? kYield : kSpin;
     uint32_t left = oversubscribed ? 16 : 1024;
-    uint64_t begun = 0, asked = 0;
+    uint64_t asked = 0;
     for (;;) {
         if (ready()) return Waited::kReady;
         if (phase == kSpin) {

@@ -100,6 +100,31 @@ void all_name_the_missing() {
     }
 }
 
+// Ranks that come one after the other do not renew the deadline of one that waits for them. Rank 1 comes within it, rank 2 only
+// when rank 0 has given up (or would have, had rank 1 renewed its deadline), rank 3 last: rank 0 names those that were not there.
+void one_deadline_for_all_peers() {
+    for (const Problem& problem : every_kind(4, true)) {
+        GroupOptions options;
+        options.world = 4;
+        options.timeout_ns = kShort;
+        std::atomic<int> returned{0};
+        run_group(options, [&](Rank& self) {
+            Solver solver(self, kArena);
+            CHECK_STATUS(commplane_car_barrier(self.comm), 0);
+            const auto begin = std::chrono::steady_clock::now();
+            if (self.rank == 1) nap(kShort / 1000000 * 3 / 4);
+            while (self.rank == 2 && returned == 0 && seconds_since(begin) < 1.5e-9 * kShort) nap(2);
+            while (self.rank == 3 && returned < 3) nap(2);
+            const int status = solver.make_call(problem, {});
+            const uint64_t missing = detail_of(self).missing_mask;
+            CHECK_STATUS(status, self.rank == 0 ? COMMPLANE_CAR_ETIMEDOUT : COMMPLANE_CAR_EABORTED);
+            CHECK(missing == (UINT64_C(12) & ~(UINT64_C(1) << self.rank)));  // the same on all, but for the rank itself
+            check_poisoned(self);
+            ++returned;
+        });
+    }
+}
+
 void set_timeout() {
     run_group({}, [&](Rank& self) {
         CHECK_STATUS(commplane_car_set_timeout(self.comm, 0), COMMPLANE_CAR_EINVAL);
@@ -337,6 +362,7 @@ int main() {
     deadline(590);
     missing_rank();
     all_name_the_missing();
+    one_deadline_for_all_peers();
     set_timeout();
     aborts();
     abort_in_the_middle();

@@ -132,6 +132,7 @@ def test_the_api_gives_out_every_name_its_modules_export_but_the_core_side_ones(
         "SHM_DIRECTORY",
         "Owner",
         "owner",
+        "is_abandoned",
         "hookspec",
         "has_ended",
         "process_start",

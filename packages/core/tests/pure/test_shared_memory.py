@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from commplane.agree.shared_memory import ProofSegment, maps
-from commplane.api import owned_name, sweep
-from commplane.api.shm import SHM_DIRECTORY
+from commplane.api import owned_name, shm, sweep
+from commplane.api.shm import SHM_DIRECTORY, Owner, is_abandoned, owner
 
 pytestmark = pytest.mark.skipif(not SHM_DIRECTORY.is_dir(), reason="the system has no shared-memory file system")
 
@@ -112,11 +112,41 @@ def test_sweep_removes_a_name_whose_pid_was_given_to_another_process() -> None:
     assert not path.exists(), "the pid is in use again, but not by the process that made the name"
 
 
+def test_a_name_of_another_machine_or_boot_says_nothing_about_a_process_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = owned_name("proof")
+    assert owner(mine) == Owner(os.getpid(), here=True, gone=False)
+    with monkeypatch.context() as patch:
+        # The inode of the first pid namespace is the same on every machine; the boot id is not.
+        patch.setattr(shm, "_read_boot_id", lambda: "11111111-2222-4333-8444-555555555555")
+        theirs = owned_name("proof")
+        assert owner(theirs) == Owner(os.getpid(), here=True, gone=False)
+    kind, namespace, pid, start, token = theirs.removeprefix("commplane-").rsplit("-", 4)
+    ended = f"commplane-{kind}-{namespace}-{pid}-{int(start) + 1}-{token}"
+    for name in (theirs, ended):
+        assert owner(name) == Owner(os.getpid(), here=False, gone=False)
+
+
 @pytest.mark.parametrize(("age_s", "stays"), [(0.0, True), (0.9 * DAY_S, True), (1.1 * DAY_S, False)])
 def test_owners_that_cannot_be_looked_up_keep_their_names_for_a_day(age_s: float, stays: bool) -> None:
     path = made(f"commplane-proof-1-{os.getpid()}-1-aaaa", age_s)
     sweep()
     assert path.exists() == stays
+
+
+@pytest.mark.parametrize(
+    ("name", "age_s", "abandoned"),
+    [
+        ("{mine}", 400 * DAY_S, False),
+        ("commplane-page-1-7-7-aaaa", 0.9 * DAY_S, False),
+        ("commplane-page-1-7-7-aaaa", 1.1 * DAY_S, True),
+        ("notes", 400 * DAY_S, False),
+    ],
+)
+def test_a_file_anywhere_is_abandoned_by_the_same_rule(tmp_path: Path, name: str, age_s: float, abandoned: bool) -> None:
+    path = tmp_path / name.format(mine=owned_name("page"))
+    path.touch()
+    os.utime(path, (time.time() - age_s,) * 2)
+    assert is_abandoned(path) is abandoned
 
 
 @pytest.mark.parametrize("name", ["commplane-notes-{pid}-x", "commplane-proof-a-{pid}-b-c", "other-proof-1-{pid}-1-aaaa"])

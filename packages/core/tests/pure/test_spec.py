@@ -178,6 +178,13 @@ def test_page_store_spec_knows_three_tiers() -> None:
         PageStoreSpec(name="disk", api=(1, 0), factory="m:C", tier="cloud")
 
 
+def test_page_store_spec_freezes_its_capabilities() -> None:
+    made = PageStoreSpec(name="disk", api=(1, 0), factory="m:C", capabilities=["durable", "shared"])
+    assert made.capabilities == frozenset({"durable", "shared"})
+    with pytest.raises(ValueError, match="disk: capabilities must be a collection of words, found 'durable'"):
+        PageStoreSpec(name="disk", api=(1, 0), factory="m:C", capabilities="durable")
+
+
 def test_sync_spec_holds_its_fields_in_order_with_their_rules() -> None:
     spec = SyncSpec(name="pages", api=(1, 0), fields=[SyncField("free", "min"), SyncField("stop", Vote.ANY)])  # type: ignore[arg-type]
     assert spec.fields == (SyncField("free", Vote.MIN), SyncField("stop", Vote.ANY))

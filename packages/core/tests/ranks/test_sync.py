@@ -71,7 +71,7 @@ def test_a_rank_that_is_a_step_behind_is_an_error_on_all() -> None:
 def test_fields_are_checked_before_anything_is_sent() -> None:
     def rank_main(plane: Plane) -> int:
         votes = plane.sync_round("step")
-        with pytest.raises(errors.UnsupportedOperation, match=r"missing: cache.any, .*unknown: cache.median"):
+        with pytest.raises(errors.UnsupportedOperation, match=r"missing: cache.all, .*unknown: cache.median"):
             votes.step({**dict.fromkeys(list(votes.fields)[1:], 0), "cache.median": 1})
         return votes.step(dict.fromkeys(votes.fields, 7))["cache.max"]
 

@@ -71,8 +71,9 @@ def bind_listener(host: str = "0.0.0.0", port: int = 0) -> BoundSocket:
         raise ConfigError(f"cannot listen on {where}: a port is 0 to 65535, 0 takes a free one")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}; give an address of this machine") from error
+    except (OSError, ValueError) as error:  # ValueError: "a..b", or a label of more than 63 characters
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {where}: {why}; give an address of this machine") from error
     family, kind, protocol, _, address = found[0]
     sock = socket.socket(family, kind, protocol)
     try:

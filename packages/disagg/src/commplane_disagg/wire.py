@@ -52,7 +52,7 @@ _Index = Annotated[int, Meta(ge=0, lt=GRID_LIMIT)]
 _Size = Annotated[int, Meta(ge=1, le=GRID_LIMIT)]
 _Amount = Annotated[int, Meta(ge=0, lt=1 << 53)]
 _Port = Annotated[int, Meta(ge=1, le=65535)]
-_Room = Annotated[int, Meta(ge=0, lt=1 << 63)]
+_Room = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Coordinate(Struct, frozen=True, order=True, array_like=True):
@@ -190,13 +190,18 @@ class Tenure(Struct, frozen=True, kw_only=True):
 
 
 class TableView(Struct, frozen=True, kw_only=True):
-    """GET table: everything, in one answer. `topology` is None while no rank has registered."""
+    """GET table: everything, in one answer. `topology` is None while no rank has registered, `lease` is in seconds."""
 
     server: str
     sequence: int
     topology: Topology | None
     ready: bool
     rows: tuple[Row, ...]
+    lease: float = 0.0
+
+    def row(self, key: Coordinate) -> Row | None:
+        """The row of one place."""
+        return next((row for row in self.rows if row.key == key), None)
 
 
 class Readiness(Struct, frozen=True, kw_only=True):

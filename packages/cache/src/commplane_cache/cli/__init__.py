@@ -11,7 +11,10 @@ from commplane.errors import CommplaneError
 
 __all__ = ["main"]
 
-_COMMANDS: dict[str, str] = {}
+_COMMANDS: dict[str, str] = {
+    "bench": "sync rounds, the tree and page stores, each beside the plain way to do the same",
+    "demo": "a real model on several processes, the same conversations without and with the cache",
+}
 """Name -> one line of help. Module `NAME` here defines ``add_arguments(parser)`` and ``run(arguments) -> int``."""
 
 

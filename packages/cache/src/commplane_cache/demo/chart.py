@@ -38,12 +38,12 @@ def draw(passes: Sequence[Pass], title: str, path: Path) -> None:
             row.bar(places, part, bottom=base, color=colour, label=tier, width=0.9)
             base = [b + p for b, p in zip(base, part, strict=True)]
         row.set(ylabel="% of the prompt", ylim=(0, 100), title=f"{one.name}: where prompts came from (the rest was computed)")
-        row.legend(loc="upper left", ncols=len(_TIERS), fontsize="small")
+        row.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")  # beside: the bars fill the picture
     last = rows[-1]
     for one, colour in zip(passes, _LINES, strict=False):
         last.plot(
             range(1, len(one.requests) + 1), [1e3 * r.first for r in one.requests], ".-", lw=1, color=colour, label=one.name
         )
     last.set(ylabel="ms to the first token", xlabel="request", ylim=(0, None), title="latency of a request, from its admission")
-    last.legend(loc="upper left", ncols=len(passes), fontsize="small")
+    last.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(path, dpi=120)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from commplane_cache.demo.job import Job
 
 __all__ = ["Ended", "Ranks"]
 
@@ -52,12 +54,12 @@ class Ranks:
     """
 
     def __init__(
-        self, jobs: Sequence[Mapping[str, Any]], folder: Path, *, env: Mapping[str, str] | None = None, progress: bool = False
+        self, jobs: Sequence[Job], folder: Path, *, env: Mapping[str, str] | None = None, progress: bool = False
     ) -> None:
         """Start them.
 
         Args:
-            jobs: the configuration of each rank, as `commplane_cache.demo.rank` reads it.
+            jobs: what each rank does; its place among the ranks is filled in here.
             folder: for their configurations, results and logs; is made.
             env: variables to set beside this process's.
             progress: rank 0 writes how far it is to this process's standard error.
@@ -70,18 +72,18 @@ class Ranks:
         self.processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank, job in enumerate(jobs):
-                whole = {
-                    **job,
-                    "rank": rank,
-                    "world_size": len(jobs),
-                    "port": self._store.port,
-                    "parent": os.getpid(),
-                    "out": str(folder / f"{rank}.json"),
-                    "progress": progress and rank == 0,
-                }
-                (folder / f"{rank}.json").unlink(missing_ok=True)
-                config = folder / f"{rank}.job.json"
-                config.write_text(json.dumps(whole))
+                out, config = folder / f"{rank}.json", folder / f"{rank}.job.json"
+                out.unlink(missing_ok=True)
+                loud = progress and rank == 0
+                replace(
+                    job,
+                    rank=rank,
+                    world_size=len(jobs),
+                    port=self._store.port,
+                    parent=os.getpid(),
+                    out=str(out),
+                    progress=loud,
+                ).write(config)
                 with open(folder / f"{rank}.log", "wb") as log:
                     self.processes.append(
                         subprocess.Popen(
@@ -89,7 +91,8 @@ class Ranks:
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {})},
                             stdin=subprocess.DEVNULL,
                             stdout=log,
-                            stderr=None if whole["progress"] else log,
+                            stderr=None if loud else log,
+                            start_new_session=True,  # Ctrl-C is this process's business
                         )
                     )
         except BaseException:

@@ -9,7 +9,7 @@ from typing import Any
 
 from commplane_cache.demo.launch import Ended
 
-__all__ = ["Pass", "Request", "differences", "gather_passes", "table"]
+__all__ = ["Pass", "Request", "differences", "gather_passes", "summary", "table"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Pass:
         seconds: from the first admission to the last answer.
         steps: of the scheduler; each had one sync round if the cache was on.
         counters: of the cache, as it names them.
+        digest: of every decision of the cache.
     """
 
     name: str
@@ -60,7 +61,8 @@ class Pass:
     requests: tuple[Request, ...]
     seconds: float
     steps: int
-    counters: Mapping[str, float]
+    counters: Mapping[str, Any]
+    digest: int
 
     @property
     def prompt(self) -> int:
@@ -84,7 +86,7 @@ def gather_passes(ended: Sequence[Ended]) -> list[list[Pass]]:
 
 def _pass(said: Mapping[str, Any]) -> Pass:
     requests = tuple(Request(**{**r, "answer": tuple(r["answer"])}) for r in said["requests"])
-    return Pass(said["name"], said["cached"], requests, said["seconds"], said["steps"], dict(said["counters"]))
+    return Pass(said["name"], said["cached"], requests, said["seconds"], said["steps"], said["counters"], said["digest"])
 
 
 def differences(runs: Sequence[Sequence[Pass]]) -> list[str]:
@@ -108,6 +110,8 @@ def differences(runs: Sequence[Sequence[Pass]]) -> list[str]:
             mine, theirs = ([(r.computed, r.device, r.host, r.storage) for r in p.requests] for p in (one, runs[0][number]))
             if mine != theirs:
                 out.append(f"{where}: pages came from other tiers than on rank 0")
+            if one.digest != runs[0][number].digest:
+                out.append(f"{where}: the cache took other decisions than on rank 0")
     return out
 
 
@@ -135,3 +139,23 @@ def table(passes: Sequence[Pass], page: int) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def summary(passes: Sequence[Pass], page: int) -> list[str]:
+    """What the cache saved, in sentences.
+
+    Args:
+        passes: of one rank; the first without the cache.
+        page: tokens of a page of the cache.
+    """
+    plain, *cached = passes
+    out = []
+    for one in cached:
+        saved = plain.computed / max(1, one.computed)
+        first, before = (statistics.median(r.first for r in p.requests) for p in (one, plain))
+        found = sum(one.tokens_of(t) for t in ("device", "host", "storage")) // page
+        out.append(
+            f"{one.name}: {one.computed} prompt tokens computed instead of {plain.computed}, {saved:.1f} times less; "
+            f"{found} pages found; first token after {first / before:.2f} of the time"
+        )
+    return out

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from commplane.errors import ConfigError
 from commplane_cache.demo.text import SENTENCES, SYSTEMS
 
-__all__ = ["Conversations", "Script", "Shape", "Turn", "arrivals", "scripts"]
+__all__ = ["Conversations", "Script", "Shape", "Turn", "arrivals", "longest", "scripts"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Shape:
         seed: of every choice.
     """
 
-    conversations: int = 10
+    conversations: int = 8
     turns: int = 3
     documents: int = 3
     sentences: int = 4
@@ -46,10 +45,6 @@ class Shape:
         for name in ("conversations", "turns", "documents", "sentences", "answer", "open"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"stream of conversations: {name} must be 1 or more, found {getattr(self, name)}")
-
-    def to_json(self) -> dict[str, Any]:
-        """For the configuration of a rank."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -105,6 +100,13 @@ def arrivals(shape: Shape) -> list[Turn]:
         if asked[now] == shape.turns:
             going.remove(now)
     return out
+
+
+def longest(shape: Shape, sentences: Sequence[str] = SENTENCES) -> int:
+    """Tokens of the longest sequence of a stream, prompt and answer."""
+    return max(
+        len(s.beginning) + sum(map(len, s.questions)) + shape.turns * (shape.answer + 1) for s in scripts(shape, sentences)
+    )
 
 
 class Conversations:

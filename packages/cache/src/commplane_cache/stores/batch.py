@@ -68,15 +68,6 @@ class Part:
             if batch.deadline <= time.monotonic():
                 batch.changed.notify_all()  # somebody may be waiting to end it
 
-    def private(self, index: int) -> bytes | None:
-        """A copy of a page that is to be stored, for a library that may still read it when the batch is over; None if it is."""
-        if not self.enter():
-            return None
-        try:
-            return bytes(self.pages[index])
-        finally:
-            self.leave()
-
     def fill(self, index: int, data: memoryview) -> None:
         """Copy what was read into the caller's buffer and say so, unless the batch is over."""
         if self.enter():

@@ -24,6 +24,8 @@ from commplane_cache.stores.options import read_options
 __all__ = ["LONGEST_KEY", "ThreadedStore"]
 
 LONGEST_KEY = 64
+_WORTH_SHARING = 2 << 20
+"""Bytes of a batch from which on all threads get a part of it; waking one costs as much as moving some hundred KiB."""
 
 
 class ThreadedStore(PageStore):
@@ -35,6 +37,8 @@ class ThreadedStore(PageStore):
 
     part_bytes: ClassVar[int] = 8 << 20
     part_keys: ClassVar[int] = 4096
+    exists_at_once: ClassVar[int] = 0
+    """Up to so many keys `do_exists` answers from memory: such a batch has ended when `submit_exists` returns."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -151,6 +155,11 @@ class ThreadedStore(PageStore):
         elif self._shut_error is not None:
             warnings.warn(f"{self.name}: closing failed: {self._shut_error}", CommplaneWarning, stacklevel=2)
 
+    @property
+    def part_pages(self) -> int:
+        """The most pages of a part."""
+        return max(1, min(self.part_keys, self.part_bytes // self.page_bytes))
+
     # How it works.
 
     def _submit(self, kind: Kind, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
@@ -169,22 +178,36 @@ class ThreadedStore(PageStore):
                 )
             if batch.over:
                 return batch.ticket
-            size = max(1, self.part_bytes // self.page_bytes) if batch.pages else self.part_keys
+            size = self._part_size(batch)
             starts = range(0, len(batch.keys), size)
             batch.parts_left = len(starts)
+        if kind == "exists" and len(batch.keys) <= self.exists_at_once:
+            self._answer(Part(batch, range(len(batch.keys)), [], []))
+            return batch.ticket
         for start in starts:
             chosen = range(start, min(start + size, len(batch.keys)))
             self._queue.put(Part(batch, chosen, [], []))
         return batch.ticket
 
+    def _part_size(self, batch: Batch) -> int:
+        if not batch.pages:
+            return self.part_keys
+        count = len(batch.keys)
+        if count * self.page_bytes < _WORTH_SHARING:
+            return self.part_pages
+        return min(self.part_pages, -(-count // len(self._threads)))
+
+    def _answer(self, part: Part) -> None:
+        if not part.is_over:
+            self._run(part)
+        with self._changed:
+            part.batch.parts_left -= 1
+            if not part.batch.parts_left and not part.batch.over:
+                self._end(part.batch, part.batch.error)
+
     def _work(self) -> None:
         while (part := self._queue.get()) is not None:
-            if not part.is_over:
-                self._run(part)
-            with self._changed:
-                part.batch.parts_left -= 1
-                if not part.batch.parts_left and not part.batch.over:
-                    self._end(part.batch, part.batch.error)
+            self._answer(part)
             del part  # the caller's buffers are not held while waiting
         with self._changed:
             self._running -= 1

@@ -10,6 +10,7 @@ from commplane.api.bootstrap import Bootstrap, Deadline
 from commplane.api.facts import Facts, RankFacts
 from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
+from commplane.api.layout import ParallelLayout, Place
 from commplane.api.markers import hookimpl
 from commplane.api.norm import add_rms_norm
 from commplane.api.pages import PageStore, StoreContext, StoreDone, StoreUsage
@@ -43,6 +44,8 @@ __all__ = [
     "Numerics",
     "PageStore",
     "PageStoreSpec",
+    "ParallelLayout",
+    "Place",
     "ProbeRequest",
     "QuantFormat",
     "Quantization",

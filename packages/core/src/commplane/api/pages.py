@@ -23,7 +23,7 @@ class StoreContext:
         namespace: of the keys: model revision, dtype, page size, layout and shard in one text. Pages of another namespace are
             never found, also in the same file or on the same server.
         timeout: seconds that opening, an orderly close and each submitted batch may take. A batch that is not over by then ends
-            with an error, and from then on nothing touches its buffers.
+            with an error as soon as nothing has its buffers in hand, and from then on nothing touches them.
         options: the store's own settings, such as a path or an address. A name that the store does not know is refused.
     """
 

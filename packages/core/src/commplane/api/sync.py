@@ -56,5 +56,16 @@ class SyncRound(Protocol):
     def result(self) -> Agreed:
         """Wait for the round that `issue` sent; every rank must have issued it. Collective. Raises what `step` raises."""
 
+    def note(self, what: str, *numbers: int) -> None:
+        """Remember a decision that followed from what was agreed, for the flight records. Local; costs well below 1 us.
+
+        It is kept with the number of the last round, and is in every dump. ``commplane trace`` compares the notes of all ranks
+        and names the first step in which they differ: note what all ranks decide alike, in the order in which they do.
+
+        Args:
+            what: the kind of decision.
+            numbers: of what; shown after `what`. Formatted when records are dumped, not before.
+        """
+
     def close(self) -> None:
         """Leave the group. Collective, idempotent."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from commplane.flight.merge import Clock, Lane, Place, describe, named, short
 from commplane.flight.read import Dump
+from commplane.flight.rounds import RoundLane
 
 __all__ = ["STUCK_S", "Detective", "Finding", "findings"]
 
@@ -20,12 +21,12 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        kind: ``no_dump``, ``missing``, ``stuck``, ``failed``, ``mismatch``, ``fault`` or ``unreadable``.
+        kind: ``no_dump``, ``missing``, ``stuck``, ``failed``, ``mismatch``, ``decided``, ``fault`` or ``unreadable``.
         text: one sentence.
         ranks: the global ranks that it is about: those missing, where some are.
-        group: the communicator, or empty.
+        group: the communicator, or the sync round, or empty.
         backend: or empty.
-        seq: number of the call, or None.
+        seq: number of the call, or of the step, or None.
     """
 
     kind: str
@@ -36,11 +37,12 @@ class Finding:
     seq: int | None = None
 
 
-def findings(detective: Detective) -> list[Finding]:
-    """Everything that is wrong, the calls first."""
+def findings(detective: Detective, rounds: Sequence[RoundLane] = ()) -> list[Finding]:
+    """Everything that is wrong, the calls first, then the notes of sync rounds."""
     dumps, lanes = list(detective.dumps.values()), detective.lanes
     out = [f for lane in lanes for f in detective.lane(lane)]
     explained = {str(f.group) for f in out if f.kind in ("missing", "failed", "mismatch")}
+    out += [f for one in rounds if (f := _decided(one)) is not None]
     out += [f for f in detective.faults() if str(f.group) not in explained]
     missing = {r for f in out if f.kind == "missing" for r in f.ranks}
     world = max((d.world_size for d in dumps), default=0)
@@ -50,6 +52,15 @@ def findings(detective: Detective) -> list[Finding]:
         if r not in detective.dumps and r not in missing
     ]
     return out
+
+
+def _decided(one: RoundLane) -> Finding | None:
+    """Ranks whose notes part from those of most; a round in which they do need not have failed yet."""
+    parting = one.parting()
+    if parting is None:
+        return None
+    ranks = tuple(sorted(r for others in list(parting.said.values())[1:] for r in others))
+    return Finding("decided", f"{one.title}: {parting}", ranks, one.group, seq=parting.step)
 
 
 def _group(lane: Lane) -> dict[str, Any]:

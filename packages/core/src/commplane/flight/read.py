@@ -13,7 +13,7 @@ from commplane.api import FlightRecord, GroupKey
 from commplane.errors import CommplaneError
 from commplane.flight.recorder import SCHEMA
 
-__all__ = ["Dump", "GroupDump", "Skipped", "parse", "read_job"]
+__all__ = ["Dump", "GroupDump", "Note", "RoundDump", "Skipped", "parse", "read_job"]
 
 _TRACE = re.compile(r"trace-.+\.json")
 
@@ -28,6 +28,32 @@ class GroupDump:
     fault: str
     records: Mapping[str, tuple[FlightRecord, ...]]
     problems: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a plugin noted on a sync round: the how many-th note, and the step in whose wake it was made."""
+
+    number: int
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class RoundDump:
+    """One sync round in the dump of one rank; see `commplane.flight.notes`."""
+
+    name: str
+    ranks: tuple[int, ...]
+    instance: int
+    steps: int
+    failed: bool
+    notes: tuple[Note, ...]
+
+    @property
+    def made(self) -> int:
+        """Notes made, with those that are no longer held."""
+        return self.notes[-1].number if self.notes else 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,7 @@ class Dump:
     monotonic_ns: int
     ended: tuple[int, ...]
     groups: tuple[GroupDump, ...]
+    rounds: tuple[RoundDump, ...]
 
 
 @dataclass(frozen=True)
@@ -134,8 +161,9 @@ def parse(file: str, text: str) -> Dump:
             monotonic_ns=int(data["clock"]["monotonic_ns"]),
             ended=tuple(int(r) for r in data["ended"]),
             groups=tuple(_group(g) for g in data["communicators"]),
+            rounds=tuple(_round(r) for r in data.get("rounds", ())),  # older dumps have none
         )
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"a dump with something missing or of a wrong type: {type(error).__name__}: {error}") from None
 
 
@@ -148,6 +176,17 @@ def _group(data: Mapping[str, Any]) -> GroupDump:
         fault="" if fault is None else f"{fault['type']}: {fault['text']}",
         records={str(name): tuple(_record(r) for r in records) for name, records in data["records"].items()},
         problems={str(k): str(v) for k, v in data["problems"].items()},
+    )
+
+
+def _round(data: Mapping[str, Any]) -> RoundDump:
+    return RoundDump(
+        name=str(data["name"]),
+        ranks=tuple(int(r) for r in data["ranks"]),
+        instance=int(data["instance"]),
+        steps=int(data["steps"]),
+        failed=bool(data["failed"]),
+        notes=tuple(Note(int(number), int(step), str(text)) for number, step, text in data["notes"]),
     )
 
 

@@ -15,6 +15,7 @@ from commplane.agree.bounded import call_bounded
 from commplane.api import CommBackend, GroupKey
 from commplane.flight.folder import Folder, dump_name
 from commplane.flight.group import GroupFlight
+from commplane.flight.notes import RoundNotes
 from commplane.notice import notice
 
 __all__ = ["SCHEMA", "FlightRecorder"]
@@ -26,18 +27,19 @@ _log = logging.getLogger("commplane")
 
 # A dump holds up what failed: a file system that does not answer may not do so for ever.
 _WRITE_S = 10.0
-# Communicators that failed and were closed since: the last so many are in every later dump.
+# Communicators that failed and were closed since: the last so many are in every later dump; and so it is with sync rounds.
 _REMEMBERED = 8
 
 
 class FlightRecorder:
-    """Every communicator of one plane on this rank. Local; any thread.
+    """Every communicator and sync round of one plane on this rank. Local; any thread.
 
     Args:
         job: name of the plane, equal on all its ranks.
         rank: global rank.
         world_size: number of ranks of the plane.
-        length: calls held for each backend of a communicator; with 0, nothing is recorded and only `dump` writes.
+        length: calls held for each backend of a communicator, and notes for each sync round; with 0, nothing is recorded and only
+            `dump` writes.
         folder: where dumps go.
         versions: what runs here, by name; for people.
         ended: global ranks whose process is known to have ended.
@@ -61,6 +63,7 @@ class FlightRecorder:
         self._versions = dict(versions)
         self._ended = ended
         self._groups: list[GroupFlight] = []
+        self._rounds: list[tuple[int, RoundNotes]] = []
         self._earlier: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
@@ -69,6 +72,15 @@ class FlightRecorder:
         out = GroupFlight(key, instance, rank, plan, backends, self.length, self.dump_for, self._closed)
         self._groups.append(out)
         return out
+
+    def round(self, instance: int, notes: RoundNotes) -> None:
+        """A new sync round, the how many-th with its name and ranks: its notes are in every dump from now on."""
+        notes.hold(self.length)
+        self._rounds = [*self._rounds_shown(), (instance, notes)]
+
+    def _rounds_shown(self) -> list[tuple[int, RoundNotes]]:
+        failed = [one for one in self._rounds if one[1].closed and one[1].failed][-_REMEMBERED:]
+        return [one for one in self._rounds if not one[1].closed or one in failed]
 
     def _closed(self, group: GroupFlight) -> None:
         gone = [g for g in self._groups if g.closed]
@@ -129,6 +141,7 @@ class FlightRecorder:
             "clock": {"domain": _clock_domain(), "monotonic_ns": (before + after) // 2, "wall_ns": wall},
             "ended": list(self._ended()),
             "communicators": [g.to_json() for g in list(self._groups)],
+            "rounds": [notes.to_json(instance) for instance, notes in self._rounds_shown()],
         }
 
 

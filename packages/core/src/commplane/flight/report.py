@@ -11,17 +11,19 @@ from commplane.flight.findings import Detective, Finding, findings
 from commplane.flight.merge import Clock, Lane, Place, describe, lanes, named, short
 from commplane.flight.perfetto import chrome_trace
 from commplane.flight.read import Dump, Skipped
+from commplane.flight.rounds import RoundLane, round_lanes
 
 __all__ = ["Report", "report"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A job, its communicators, and what is wrong with it."""
+    """A job, its communicators and sync rounds, and what is wrong with it."""
 
     dumps: Sequence[Dump]
     skipped: Sequence[Skipped]
     lanes: Sequence[Lane]
+    rounds: Sequence[RoundLane]
     findings: Sequence[Finding]
     clock: Clock
     detective: Detective
@@ -48,6 +50,7 @@ class Report:
             "ranks": [_rank(d, self.clock) for d in self.dumps],
             "without_dump": [r for r in range(self.world_size) if all(r != d.rank for d in self.dumps)],
             "lanes": [_lane(lane) for lane in self.lanes],
+            "rounds": [one.to_json() for one in self.rounds],
             "findings": [asdict(f) for f in self.findings],
             "skipped": [asdict(s) for s in self.skipped],
         }
@@ -62,6 +65,7 @@ class Report:
         for lane in self.lanes:
             lines.append(_headline(lane))
             lines += [f"  rank {p.rank}: {_place(lane, p)}" for p in lane.places.values()]
+        lines += [line for one in self.rounds for line in one.lines()]
         lines.append("found" if self.findings else "nothing wrong found")
         lines += [f"  {f.text}" for f in self.findings]
         return "\n".join(lines)
@@ -70,8 +74,9 @@ class Report:
 def report(dumps: Sequence[Dump], skipped: Sequence[Skipped] = ()) -> Report:
     """Merge the dumps of one job, at least one."""
     merged, clock = lanes(dumps), Clock(dumps)
+    rounds = round_lanes(dumps)
     detective = Detective(dumps, merged, clock)
-    return Report(dumps, skipped, merged, findings(detective), clock, detective)
+    return Report(dumps, skipped, merged, rounds, findings(detective, rounds), clock, detective)
 
 
 def _dump(dump: Dump, clock: Clock) -> str:

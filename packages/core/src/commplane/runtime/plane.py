@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from commplane.errors import (
     CommplaneError,
     CommunicatorError,
     ConfigError,
-    MismatchError,
 )
 from commplane.flight import signals
 from commplane.notice import notice
@@ -43,7 +43,6 @@ from commplane.runtime.rendezvous import World, find_world
 from commplane.runtime.startup import compare, recorder
 from commplane.runtime.sync import SyncRound
 from commplane.runtime.traced import teach
-from commplane.select import LAST_RESORT
 
 __all__ = ["Plane", "init"]
 
@@ -107,6 +106,7 @@ class Plane:
         self._generation = self._store.add(f"generation/{world.rank}", 1)
         self._activity = Activity(self._store, world.rank, f"plane/{self._generation}/activity")
         self._communicators: list[Communicator] = []
+        self._rounds: list[SyncRound] = []
         self._instances: Counter[str] = Counter()
         self._closed = False
         self._faulted = False
@@ -175,6 +175,7 @@ class Plane:
         device: str | None = None,
         backends: Sequence[str] | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        timeout: float | None = None,
     ) -> Communicator:
         """Agree, build, prove and commit one communicator. Collective over `ranks`; other ranks do not take part.
 
@@ -187,6 +188,8 @@ class Plane:
             backends: names in the order of preference, instead of the setting ``backends``. ``torch`` is always last.
             options: backends' own settings by name that differ for this communicator, such as
                 ``{"torch_symm": {"algorithm": "one_shot"}}``; the same on every rank.
+            timeout: seconds that a collective may wait for its peers, the same on every rank. If unset, the setting
+                ``run_timeout``.
 
         Raises:
             AgreementError: the ranks asked for different things, shown in the text.
@@ -211,7 +214,7 @@ class Plane:
             with self._activity.forming(Forming(key, instance, bootstrap.first_decision)):
                 try:
                     self.plugins.require(wanted)
-                    plan, built, attempts = self._formation(key, where, wanted, bootstrap, options or {}).run()
+                    plan, built, attempts = self._formation(key, where, wanted, bootstrap, options or {}, timeout).run()
                 except Exception as error:
                     # If it happened on this rank alone, the others are told in the round that they wait in.
                     bootstrap.fail(setback(error).text)
@@ -264,13 +267,19 @@ class Plane:
         wanted: Sequence[str],
         bootstrap: StoreBootstrap,
         options: Mapping[str, Mapping[str, Any]],
+        timeout: float | None = None,
     ) -> Formation:
         """One attempt to form a communicator. Local."""
         who = f"[{key.purpose} rank {bootstrap.rank}/{len(key.ranks)}]"
         config = self.config.changed(options)
-        request = {"backends": list(wanted)}
+        request: dict[str, Any] = {"backends": list(wanted)}
         if options:
-            request["options"] = {b: {o: config.options[b][o] for o in given} for b, given in sorted(options.items())}  # type: ignore[assignment]
+            request["options"] = {b: {o: config.options[b][o] for o in given} for b, given in sorted(options.items())}
+        if timeout is not None:
+            if not timeout > 0:
+                raise ConfigError(f"{who} timeout: wanted seconds above 0, found {timeout!r}")
+            request["timeout"] = timeout
+            config = replace(config, run_timeout=timeout)
         return Formation(self.plugins, config, self.facts, key, device, request, bootstrap, who)
 
     def agree(self, name: str) -> tuple[str, ...]:
@@ -284,20 +293,56 @@ class Plane:
         return self._formation(key, key.device, self.config.backends, bootstrap, {}).agree().order
 
     def sync_round(
-        self, name: str, ranks: Sequence[int] | None = None, *, specs: Sequence[str | SyncSpec] | None = None
+        self,
+        name: str,
+        ranks: Sequence[int] | None = None,
+        *,
+        specs: Sequence[str | SyncSpec] | None = None,
+        backends: Sequence[str] | None = None,
+        timeout: float | None = None,
     ) -> SyncRound:
-        """A round of votes over `ranks`, with the fields that plugins registered as cache sync. Collective over `ranks`.
+        """A round of votes over `ranks`. Collective over `ranks`, in the same order among communicators on all of them.
 
-        It has a communicator of its own, so its steps never mix with other traffic.
+        It has communicators of its own, so its steps never mix with other traffic: one over all ranks where they share a host
+        or each has a host of its own, else one a host and one over the first ranks of the hosts.
+
+        Args:
+            name: the purpose, such as ``"cache"``.
+            ranks: global ranks in group order, the same on every one of them. If unset, all ranks.
+            specs: whose fields take part: names of what plugins registered with `commplane_register_cache_sync`, or a `SyncSpec`
+                itself. If unset, all that are registered.
+            backends: as for `communicator`. Where they are named, rows go through them inside a host, too.
+            timeout: seconds in which a round ends, or raises who is missing. If unset, the setting ``run_timeout``.
+
+        Raises:
+            MismatchError: the ranks have different fields or timeouts.
+            ConfigError: a spec is not registered, or two have one name; other ranks raise an `AgreementError` with its text.
+            CommunicatorError, AgreementError, PeerError: as `communicator` raises.
         """
+        from commplane.runtime.sync.forming import chosen_specs, form
+
+        self._guard.check(f"sync_round {name!r}")
+        self._open("sync_round")
+        members = tuple(range(self.world_size)) if ranks is None else tuple(operator.index(r) for r in ranks)
+        self._check_members(f"sync_{name}", members)
+        instance, bootstrap = self._meeting(GroupKey(members, "cpu", f"sync_{name}_round"))
+        self._activity.say(f"makes sync round {name!r} over {list(members)}")
         registered = {n: r.spec for n, r in self.plugins.registered(SyncSpec).items() if isinstance(r.spec, SyncSpec)}
-        chosen = [s if isinstance(s, SyncSpec) else registered[s] for s in (registered if specs is None else specs)]
-        communicator = self.communicator(f"sync_{name}", ranks, device="cpu", backends=[LAST_RESORT])
-        try:
-            return SyncRound(communicator, chosen)
-        except MismatchError:  # on every rank alike
-            communicator.close()
-            raise
+        out = form(
+            name,
+            members,
+            self.facts,
+            bootstrap,
+            lambda: chosen_specs(registered, specs),
+            self.config.run if timeout is None else float(timeout),
+            self.config.startup,
+            lambda purpose, over, seconds: self.communicator(purpose, over, device="cpu", backends=backends, timeout=seconds),
+            self._rounds.remove,
+            slots=backends is None,
+        )
+        self._flight.round(instance, out.notes)
+        self._rounds.append(out)
+        return out
 
     def sync_bootstrap(self, value: Any) -> Any:
         """One JSON value, such as a bound port, made equal on all ranks by the first plugin that knows how. Collective.
@@ -351,17 +396,18 @@ class Plane:
 
         Control-plane calls inside raise `CaptureError`. Afterwards each communicator agrees that all ranks captured the same
         operations: same count, order and sizes. If the body failed on some rank, that rank raises its own exception and all
-        others a `CaptureError` that carries it. Communicators with nothing to capture pass through.
+        others a `CaptureError` that carries it. Communicators with nothing to capture pass through, and so do sync rounds.
         """
         self._open("capture")
-        return capture_all(self._guard, self._communicators)
+        apart = {id(c) for r in self._rounds for c in r.communicators}
+        return capture_all(self._guard, [c for c in self._communicators if id(c) not in apart])
 
     def _open(self, what: str) -> None:
         if self._closed:
             raise CommplaneError(f"{what} on a plane that is closed: call commplane.init again")
 
     def close(self) -> None:
-        """Close every communicator, in order of creation, and leave. Collective over all ranks, idempotent.
+        """Close every sync round and communicator, in order of creation, and leave. Collective over all ranks, idempotent.
 
         After a fault of any communicator it waits for nobody: who is lost will not come, and the others leave too.
         """
@@ -371,6 +417,8 @@ class Plane:
         if self._closed:
             return
         self._guard.check("close")
+        for r in tuple(self._rounds):
+            r._close(wait=wait)
         for c in self.communicators:
             c._close(wait=wait)
         self._closed = True
@@ -409,6 +457,8 @@ def _after_fork() -> None:
         plane._closed = True
         for c in plane.communicators:
             c.disown()
+        for r in plane._rounds:
+            r.disown()
 
 
 os.register_at_fork(after_in_child=_after_fork)

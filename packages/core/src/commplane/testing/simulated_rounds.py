@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from commplane.api import Agreed, SyncSpec
 from commplane.errors import CommplaneError, CommunicatorError, MismatchError, PeerError, UnsupportedOperation
+from commplane.flight import RoundNotes
 from commplane.runtime.sync.board import Board
 from commplane.runtime.sync.schema import Schema
 
@@ -81,9 +82,10 @@ class SimulatedRound:
         ranks: global ranks in group order.
         steps: rounds completed.
         asked: rounds issued.
+        notes: what was noted last.
     """
 
-    __slots__ = ("_closed", "_offset", "_pack", "_rounds", "asked", "rank", "ranks", "steps", "world_size")
+    __slots__ = ("_closed", "_offset", "_pack", "_rounds", "asked", "notes", "rank", "ranks", "steps", "world_size")
 
     def __init__(self, rounds: SimulatedRounds, rank: int) -> None:
         self._rounds = rounds
@@ -94,6 +96,7 @@ class SimulatedRound:
         self.ranks = rounds.ranks
         self.world_size = len(rounds.ranks)
         self.steps = self.asked = 0
+        self.notes = RoundNotes("simulated", rounds.ranks, rank)
 
     def step(self, values: Mapping[str, int | Sequence[int]], *, digest: int = 0) -> Agreed:
         """`issue` and `result`: of use where this is the last rank to be played, or the only one."""
@@ -118,8 +121,12 @@ class SimulatedRound:
             raise UnsupportedOperation("sync round: no round is out: issue one before its result is read")
         self._check()
         agreed = self._rounds.decide(step).copy()
-        self.steps = step
+        self.steps = self.notes.step = step
         return agreed
+
+    def note(self, what: str, *numbers: int) -> None:
+        """Remember a decision; nothing dumps it, `notes` holds it."""
+        self.notes.add(what, numbers)
 
     def _check(self) -> None:
         if self._closed:

@@ -13,6 +13,8 @@ __all__ = ["main"]
 
 _COMMANDS: dict[str, str] = {
     "serve": "run the bootstrap registry in the foreground",
+    "bench": "measure transfer engines, or the registry",
+    "demo": "prefill on two nodes, decode on a third, and the tokens of one process",
 }
 """Name -> one line of help. Module `NAME` here defines ``add_arguments(parser)`` and ``run(arguments) -> int``."""
 

@@ -10,7 +10,7 @@ import threading
 from commplane_disagg.port import bind_listener
 from commplane_disagg.registry.addresses import url_host
 from commplane_disagg.registry.auth import ENVIRONMENT, metrics_token, read_token
-from commplane_disagg.registry.server import RegistryServer
+from commplane_disagg.registry.server import RegistryServer, allow_many_files
 
 __all__ = ["add_arguments", "run"]
 
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 2
         print(metrics_token(token))
         return 0
+    allow_many_files()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: ended.set())

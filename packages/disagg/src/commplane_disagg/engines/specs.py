@@ -11,5 +11,7 @@ _HERE = "commplane_disagg.engines"
 SPECS = (
     TransferSpec(name="shm", api=(1, 0), factory=f"{_HERE}.shm:SharedMemory", capabilities={"quiet"}),
     TransferSpec(name="tcp", api=(1, 0), factory=f"{_HERE}.tcp:Tcp", capabilities={"network", "fenced"}),
+    TransferSpec(name="nixl", api=(1, 0), factory=f"{_HERE}.nixl:Nixl", capabilities={"network"}),
+    TransferSpec(name="mooncake", api=(1, 0), factory=f"{_HERE}.mooncake:Mooncake", capabilities={"network"}),
 )
 """What `commplane_register_transfer_engines` returns."""

@@ -9,7 +9,9 @@ from commplane_disagg.registry.refusals import BadAddress
 
 __all__ = ["is_wildcard", "reachable_host", "url_host"]
 
-_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,253}[A-Za-z0-9_])?\.?")
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"(?=.{{1,254}}$){_LABEL}(?:\.{_LABEL})*\.?")
+"""Of labels of 1 to 63 characters: who asks the resolver for any other gets a UnicodeError, on each peer that reads the row."""
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 

@@ -3,8 +3,10 @@
 A request carries ``Authorization: commplane-hmac TIME:NONCE:MAC`` with a MAC over method, path with query, content type, body,
 time and nonce. The server takes each nonce once, and only while the time lies within its window; so a recorded request cannot be
 sent again to the same server. After a restart the server has forgotten the nonces of the last `WINDOW` seconds: what could be
-replayed then is a registration that was true shortly before, and its lease ends by itself. Nothing is encrypted: the token keeps
-strangers out, it hides nothing. Peers on a channel prove the token to each other with `challenge` and `answer`.
+replayed then is a registration that was true shortly before, and its lease ends by itself. Answers carry a MAC over status,
+content type, body and the request's nonce, so whoever takes over the registry's port, or stands in between, cannot make up rows.
+Nothing is encrypted: the token keeps strangers out, it hides nothing. Peers on a channel prove the token to each other with
+`challenge` and `answer`.
 """
 
 from __future__ import annotations
@@ -97,8 +99,13 @@ def _mac(token: bytes, method: str, path: str, content_type: str, body: bytes, m
     return hmac.new(token, head.encode() + hashlib.sha256(body).digest(), hashlib.sha256).hexdigest()
 
 
+def _answer_mac(token: bytes, nonce: str, status: int, content_type: str, body: bytes) -> str:
+    head = f"answer\n{nonce}\n{status}\n{content_type}\n".encode()
+    return hmac.new(token, head + hashlib.sha256(body).digest(), hashlib.sha256).hexdigest()
+
+
 class Signer:
-    """Makes the header of one request. Thread-safe."""
+    """Makes the header of one request, and checks the answer's. Thread-safe."""
 
     def __init__(self, token: bytes, now: Callable[[], float] = time.time) -> None:
         self._token, self._now = token, now
@@ -107,6 +114,12 @@ class Signer:
         """The value of ``Authorization``, good for one try: each one needs its own."""
         moment, nonce = f"{self._now():.3f}", secrets.token_hex(16)
         return f"{SCHEME} {moment}:{nonce}:{_mac(self._token, method, path, content_type, body, moment, nonce)}"
+
+    def authentic(self, header: str, answer: str | None, status: int, content_type: str, body: bytes) -> bool:
+        """Whether `answer`, the value of ``Authentication-Info``, was made with the token for the request of `header`."""
+        nonce = header.rpartition(" ")[2].split(":")[1]
+        wanted = f"{SCHEME} {_answer_mac(self._token, nonce, status, content_type, body)}"
+        return answer is not None and hmac.compare_digest(answer.encode("utf-8", "replace"), wanted.encode())
 
 
 class Refused(Exception):
@@ -130,8 +143,8 @@ class Verifier:
         """Whether `header` is the scraper's."""
         return header is not None and hmac.compare_digest(header.encode("utf-8", "replace"), self._metrics)
 
-    def check(self, header: str | None, method: str, path: str, content_type: str, body: bytes) -> None:
-        """Return if the request is authentic and new.
+    def check(self, header: str | None, method: str, path: str, content_type: str, body: bytes) -> str:
+        """The nonce of the request, if it is authentic and new.
 
         Raises:
             Refused: it is not.
@@ -156,6 +169,11 @@ class Verifier:
                 f"the request's clock is {away:.1f} s behind the server's, at most {self._window:g} s either way are allowed",
             )
         self._once(nonce, float(moment))
+        return nonce
+
+    def answer(self, nonce: str, status: int, content_type: str, body: bytes) -> str:
+        """The value of ``Authentication-Info`` for the answer to the request of `nonce`."""
+        return f"{SCHEME} {_answer_mac(self._token, nonce, status, content_type, body)}"
 
     def _once(self, nonce: str, moment: float) -> None:
         now = self._now()

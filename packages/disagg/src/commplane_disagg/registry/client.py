@@ -63,7 +63,7 @@ class RegistryClient:
         token: the shared one (`read_token`), None where the server was started without authentication.
         group: whose rows; prefill and decode ranks of several models may share a registry.
         timeout: seconds for one call, its retries included.
-        attempt: seconds for one try.
+        attempt: seconds for one try to connect, and of silence after which an exchange is tried again.
     """
 
     def __init__(
@@ -85,8 +85,20 @@ class RegistryClient:
         """Of the registry, for messages."""
         return self.http.address
 
+    def another(self) -> RegistryClient:
+        """The same, with connections and a `close` of its own: for a thread that waits in long polls."""
+        copy = object.__new__(RegistryClient)
+        copy.http, copy.group, copy.timeout, copy._path = self.http.another(), self.group, self.timeout, self._path
+        return copy
+
+    def of(self, group: str) -> RegistryClient:
+        """The same registry over the same connections, as another group sees it."""
+        copy = object.__new__(RegistryClient)
+        copy.http, copy.group, copy.timeout, copy._path = self.http, group, self.timeout, f"{ROUTES}/groups/{group}"
+        return copy
+
     def close(self) -> None:
-        """Close idle connections. Idempotent; rows stay until they are withdrawn or expire."""
+        """Close connections; calls that other threads have out fail. Idempotent; rows stay until they are withdrawn or expire."""
         self.http.close()
 
     def __enter__(self) -> RegistryClient:
@@ -147,26 +159,26 @@ class RegistryClient:
             PeerError: ranks are missing at the deadline; they are named.
         """
         seconds = self.timeout if timeout is None else timeout
-        deadline = Deadline(seconds)
+        deadline, margin = Deadline(seconds), min(0.5, seconds / 4)  # what is left for the last answer to come back
         who = f"group {self.group!r} cannot be waited for"
-        while True:
-            wait = min(_POLL, deadline.remaining())
-            # One try more than the deadline: what the registry says at its end names who is missing.
-            left = max(deadline.remaining(), 0.0) + self.http.attempt
-            found = self._ask(Readiness, "GET", f"/ready?wait={wait:.3f}", who=who, timeout=left, wait=wait)
+        found: Readiness | None = None
+        while found is None or deadline.remaining() > margin:
+            left = deadline.remaining()
+            wait = max(0.0, min(_POLL, left - margin))
+            found = self._ask(Readiness, "GET", f"/ready?wait={wait:.3f}", who=who, timeout=max(left, 0.05), wait=wait)
             if found.ready:
-                view = self.table(timeout=left)
+                view = self.table(timeout=max(deadline.remaining(), margin, 0.05))
                 if view.ready:
                     return view
-            elif deadline.expired:
-                raise PeerError(_missing(self.group, self.address, seconds, found))
+        raise PeerError(_missing(self.group, self.address, seconds, found))
 
-    def changes(self, since: int, *, wait: float = 0.0, timeout: float | None = None) -> Changes:
+    def changes(self, since: int, *, wait: float = 0.0, timeout: float | None = None, retry: bool = True) -> Changes:
         """What happened after change `since`; waits up to `wait` seconds for the first. See `Changes` for gaps."""
         wait = min(wait, _POLL)
         who = f"changes of group {self.group!r} cannot be read"
         seconds = (self.timeout if timeout is None else timeout) + wait
-        return self._ask(Changes, "GET", f"/changes?since={since}&wait={wait:.3f}", who=who, timeout=seconds, wait=wait)
+        path = f"/changes?since={since}&wait={wait:.3f}"
+        return self._ask(Changes, "GET", path, who=who, timeout=seconds, wait=wait, retry=retry)
 
     def watch(self, since: int, timeout: float) -> Iterator[Change]:
         """Changes after `since` as they come, until `timeout` seconds are over. For a live view of the rows: `Follower`.
@@ -204,11 +216,12 @@ class RegistryClient:
         who: str,
         timeout: float | None,
         wait: float = 0.0,
+        retry: bool = True,
         typed: bool = True,
     ) -> _T:
         seconds = self.timeout if timeout is None else timeout
         try:
-            return self.http.ask(kind, method, self._path + path, body, who=who, timeout=seconds, wait=wait)
+            return self.http.ask(kind, method, self._path + path, body, who=who, timeout=seconds, wait=wait, retry=retry)
         except RefusedError as refused:
             if not typed:
                 raise

@@ -10,10 +10,10 @@ __all__ = ["Feed"]
 
 
 class Feed:
-    """Numbers changes from 1 on and keeps the last `keep` of them."""
+    """Numbers changes from `since` + 1 on and keeps the last `keep` of them."""
 
-    def __init__(self, keep: int = 4096) -> None:
-        self.sequence = 0
+    def __init__(self, keep: int = 4096, since: int = 0) -> None:
+        self.sequence = since
         self._kept: deque[Change] = deque(maxlen=keep)
 
     def add(self, change: Change) -> None:

@@ -102,6 +102,8 @@ class Lease:
                 self._take(self._client.renew(self._tenure, timeout=self.seconds, retry=False))
                 self._said = False
             except RefusedError as refused:
+                if self._stop.is_set():
+                    return  # closed meanwhile: nothing is owed to this row any more
                 if refused.problem.code == "unknown_row":
                     self._again()
                 elif refused.problem.code == "stale":
@@ -117,6 +119,8 @@ class Lease:
         try:
             self._take(self._client.register(self._topology, self.row, peer_address=self._peer_address, timeout=self.seconds))
         except CommplaneError as error:
+            if self._stop.is_set():
+                return  # closed meanwhile, and what came late was refused, as it has to be
             refused = error.__cause__
             if isinstance(refused, RefusedError) and refused.status == 409:
                 self._lose(error)

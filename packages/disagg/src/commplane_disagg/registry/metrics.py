@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 __all__ = ["Metrics"]
@@ -51,6 +53,15 @@ class Metrics:
         """What a group holds; asked for when the page is."""
         for gauge, value in ((self._rows, rows), (self._wanted, wanted), (self._ready, int(ready)), (self._rooms, rooms)):
             gauge.labels(group).set(value)
+
+    def forget(self, group: str) -> None:
+        """A group is not kept any more; its series end."""
+        for gauge in (self._rows, self._wanted, self._ready, self._rooms):
+            with contextlib.suppress(KeyError):  # it was never shown; some versions say so
+                gauge.remove(group)
+        for kind in ("registered", "replaced", "withdrawn", "expired"):
+            with contextlib.suppress(KeyError):
+                self._changes.remove(group, kind)
 
     def render(self) -> bytes:
         """The page, in the text format of Prometheus."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ from commplane.api import Deadline
 from commplane.errors import AgreementError, CommplaneError, ConfigError, PeerError
 from commplane_disagg.registry.addresses import url_host
 from commplane_disagg.registry.auth import Signer
+from commplane_disagg.registry.connection import RegistryConnection
 from commplane_disagg.wire import MSGPACK, Problem, decode, encode
 
 __all__ = ["RefusedError", "RegistryHttp"]
@@ -23,6 +25,9 @@ _T = TypeVar("_T")
 _FIRST, _LONGEST = 0.05, 2.0
 """Seconds before the first retry, doubled each time, and at most; each is cut by up to half at random, so that the ranks of a job
 do not all come back at once."""
+
+_UNSIGNED = {401: "unauthorized", 413: "too_large"}
+"""Said before the server knows who asks, so by anybody: they end a call, and mean that and no more, whatever the body says."""
 
 _ANSWER_LIMIT = 256 << 20
 
@@ -46,7 +51,7 @@ class RegistryHttp:
         host: of the registry; a wildcard to bind is none to ask.
         port: of the registry.
         token: the shared one, None where the server takes requests from anybody.
-        attempt: seconds of one try.
+        attempt: seconds of one try to connect, and of silence in an exchange.
     """
 
     def __init__(self, host: str, port: int, *, token: bytes | None, attempt: float = 5.0) -> None:
@@ -55,14 +60,25 @@ class RegistryHttp:
         self._host, self._port = host, port
         self._signer = Signer(token) if token is not None else None
         self._lock = threading.Lock()
-        self._idle: list[http.client.HTTPConnection] = []
+        self._idle: list[RegistryConnection] = []
+        self._busy: set[RegistryConnection] = set()
         self._closed = False
 
+    def another(self) -> RegistryHttp:
+        """The same address and token, with connections and a close of its own."""
+        copy = RegistryHttp(self._host, self._port, token=None, attempt=self.attempt)
+        copy._signer = self._signer
+        return copy
+
     def close(self) -> None:
-        """Close idle connections; a request in another thread fails or ends first. Idempotent."""
+        """Close connections; a request that another thread has out fails at once. Idempotent."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
+            for connection in self._busy:
+                if connection.sock is not None:
+                    with contextlib.suppress(OSError):  # the peer has closed it already
+                        connection.sock.shutdown(socket.SHUT_RDWR)
         for connection in idle:
             connection.close()
 
@@ -77,7 +93,6 @@ class RegistryHttp:
         timeout: float,
         wait: float = 0.0,
         retry: bool = True,
-        stop: Callable[[], bool] = lambda: False,
     ) -> _T:
         """One request until it is answered.
 
@@ -90,7 +105,6 @@ class RegistryHttp:
             timeout: seconds for all tries.
             wait: seconds that the server was asked to wait, on top of those of a try.
             retry: False tries once.
-            stop: whether to give up between tries.
 
         Raises:
             RefusedError: the registry said no, and trying again will not change that before the deadline.
@@ -102,7 +116,8 @@ class RegistryHttp:
             tries += 1
             pause: float | None = None
             try:
-                status, found = self._try(method, path, payload, min(self.attempt + wait, max(deadline.remaining(), 0.01)))
+                end = time.monotonic() + max(deadline.remaining(), 0.01)
+                status, found = self._try(method, path, payload, self.attempt + wait, end)
                 if status < 300:
                     return decode(kind, found)
                 refused = RefusedError(status, _problem(status, found))
@@ -110,10 +125,10 @@ class RegistryHttp:
                 if status < 500 and (pause is None or pause >= deadline.remaining()):
                     raise refused
                 cause = f"{status}: {refused}"
-            except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+            except (OSError, UnicodeError, http.client.HTTPException, msgspec.DecodeError) as error:
                 cause = _cause(error)
             pause = min(delay, pause) if pause is not None else delay
-            if not retry or stop() or deadline.remaining() <= pause:
+            if not retry or self._closed or deadline.remaining() <= pause:
                 times = "1 try" if tries == 1 else f"{tries} tries"
                 raise PeerError(
                     f"{who}: the registry at {self.address} gave no answer within {timeout:g} s ({times}), the last cause was "
@@ -122,40 +137,48 @@ class RegistryHttp:
             time.sleep(pause * random.uniform(0.5, 1.0))
             delay = min(2 * delay, _LONGEST)
 
-    def _try(self, method: str, path: str, body: bytes, timeout: float) -> tuple[int, bytes]:
-        """One exchange. A kept connection that the server has closed meanwhile is replaced once."""
+    def _try(self, method: str, path: str, body: bytes, silence: float, end: float) -> tuple[int, bytes]:
+        """One exchange, over by `end` of `time.monotonic`. A kept connection that the server has closed is replaced once."""
         with self._lock:
             connection = self._idle.pop() if self._idle else None
         if connection is not None:
             try:
-                return self._exchange(connection, method, path, body, timeout)
+                return self._exchange(connection, method, path, body, silence, end)
             except (http.client.RemoteDisconnected, ConnectionError, http.client.CannotSendRequest):
                 pass  # it was idle: whether the server is there, a new connection tells
-        return self._exchange(http.client.HTTPConnection(self._host, self._port), method, path, body, timeout)
+        return self._exchange(RegistryConnection(self._host, self._port), method, path, body, silence, end)
 
     def _exchange(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes, timeout: float
+        self, connection: RegistryConnection, method: str, path: str, body: bytes, silence: float, end: float
     ) -> tuple[int, bytes]:
         done = False
+        with self._lock:
+            if self._closed:
+                raise http.client.HTTPException("this client is closed")
+            self._busy.add(connection)
         try:
-            connection.timeout = timeout
-            if connection.sock is not None:
-                connection.sock.settimeout(timeout)
+            connection.limit(self.attempt, silence, end)
             kind = MSGPACK if body else ""
             headers = {"Accept": MSGPACK, "Host": self.address}
             if kind:
                 headers["Content-Type"] = kind
-            if self._signer is not None:
-                headers["Authorization"] = self._signer.header(method, path, kind, body)
+            signed = self._signer.header(method, path, kind, body) if self._signer is not None else None
+            if signed is not None:
+                headers["Authorization"] = signed
             connection.request(method, path, body or None, headers)
             response = connection.getresponse()
             data = response.read(_ANSWER_LIMIT + 1)
             if len(data) > _ANSWER_LIMIT:
                 raise http.client.HTTPException(f"an answer of more than {_ANSWER_LIMIT} bytes")
+            if self._signer is not None and signed is not None and response.status not in _UNSIGNED:
+                info, found = response.headers.get("Authentication-Info"), response.headers.get("Content-Type", "")
+                if not self._signer.authentic(signed, info, response.status, found, data):
+                    raise http.client.HTTPException("an answer that was not made with the shared token")
             done = not response.will_close
             return response.status, data
         finally:
             with self._lock:
+                self._busy.discard(connection)
                 done = done and not self._closed
                 if done:
                     self._idle.append(connection)
@@ -165,10 +188,11 @@ class RegistryHttp:
 
 def _problem(status: int, body: bytes) -> Problem:
     try:
-        return decode(Problem, body)
+        found = decode(Problem, body)
     except msgspec.DecodeError:  # somebody else answers at this address, or an HTTP error below the application
         text = body[:200].decode("utf-8", "replace").strip()
-        return Problem(code="malformed", message=f"HTTP {status} {text!r}")
+        found = Problem(code="malformed", message=f"HTTP {status} {text!r}")
+    return Problem(code=_UNSIGNED[status], message=found.message) if status in _UNSIGNED else found
 
 
 def _cause(error: BaseException) -> str:

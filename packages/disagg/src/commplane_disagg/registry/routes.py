@@ -60,7 +60,8 @@ class Routes:
     """
 
     def __init__(self, service: Service, verifier: Verifier | None, body_limit: int) -> None:
-        self._service, self._verifier = service, verifier
+        self._service, self._verifier, self._body_limit = service, verifier, body_limit
+        self.spoken: set[object] = set()  # connections that have sent a request; the server forgets closed ones
         self.application = web.Application(middlewares=[self._guard], client_max_size=body_limit)
         group = f"{ROUTES}/groups/{{group}}"
         self.application.add_routes(
@@ -83,10 +84,14 @@ class Routes:
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Read, check, answer: every request passes here, also one for a route that does not exist."""
         begun = time.perf_counter()
+        self.spoken.add(request.protocol)
         response: web.StreamResponse
+        nonce: str | None = None
         try:
+            if (request.content_length or 0) > self._body_limit:
+                raise web.HTTPRequestEntityTooLarge(self._body_limit, request.content_length or 0)
             body = await _read(request)
-            self._check(request, body)
+            nonce = self._check(request, body)
             response = await handler(request)
         except Refused as refused:
             self._service.metrics.refused(refused.reason)
@@ -96,27 +101,33 @@ class Routes:
             response = _say(request, refusal.status, refusal.problem)
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             response = _say(request, 400, Problem(code="malformed", message=f"the body cannot be read: {error}"))
-        except web.HTTPRequestEntityTooLarge as error:
-            text = f"a request has at most {self.application._client_max_size} bytes, found more: {error.text}"
+        except web.HTTPRequestEntityTooLarge:
+            text = f"a request has at most {self._body_limit} bytes, found more: register fewer or smaller things at once"
             response = _say(request, 413, Problem(code="too_large", message=text))
             response.force_close()  # the rest of the body is not read
         except web.HTTPException as error:
             code = "not_found" if error.status == 404 else "malformed"
             response = _say(request, error.status, Problem(code=code, message=f"{request.method} {request.path}: {error.reason}"))
             response.headers.update({name: value for name, value in error.headers.items() if name == "Allow"})
+        if nonce is not None and self._verifier is not None:
+            sent = response.body if isinstance(response, web.Response) else None
+            kind = response.headers.get("Content-Type", "")
+            signature = self._verifier.answer(nonce, response.status, kind, sent if isinstance(sent, bytes) else b"")
+            response.headers["Authentication-Info"] = signature
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "unknown"
         seconds = None if route.endswith(_WAITS) else time.perf_counter() - begun
         self._service.metrics.answered(route, response.status, seconds)
         return response
 
-    def _check(self, request: web.Request, body: bytes) -> None:
+    def _check(self, request: web.Request, body: bytes) -> str | None:
+        """The nonce of a signed request; None for one that needs no signature."""
         if self._verifier is None or (request.method == "GET" and request.path == _OPEN):
-            return
+            return None
         header = request.headers.get("Authorization")
         if request.path == "/metrics" and request.method == "GET" and self._verifier.metrics(header):
-            return
-        self._verifier.check(header, request.method, request.raw_path, request.headers.get("Content-Type", ""), body)
+            return None
+        return self._verifier.check(header, request.method, request.raw_path, request.headers.get("Content-Type", ""), body)
 
     async def _health(self, request: web.Request) -> web.Response:
         body = {"status": "ok", "server": self._service.server, "version": commplane_disagg.__version__, "routes": ROUTES}

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import threading
+import time
 from types import TracebackType
+from typing import Any
 
 from aiohttp import web
 
+from commplane.api import Deadline
 from commplane.errors import CommplaneError, ConfigError
 from commplane_disagg.port import BoundSocket
 from commplane_disagg.registry.auth import Verifier
 from commplane_disagg.registry.routes import Routes
 from commplane_disagg.registry.service import Service
 
-__all__ = ["RegistryServer"]
+__all__ = ["RegistryServer", "allow_many_files"]
 
 _log = logging.getLogger("commplane_disagg")
 
 _BODY_LIMIT = 1 << 20
 _CLOSE_SECONDS = 2.0
+_LINGER_SECONDS = 1.0
+"""How long the rest of a refused body is read, so that its sender sees the answer and not a reset."""
 
 
 class RegistryServer:
@@ -33,13 +39,23 @@ class RegistryServer:
         token: the shared one (`read_token`); None takes requests from anybody who can reach the port.
         lease: seconds that a row lives without renewal.
         body_limit: bytes of one request.
+        idle: seconds after which a connection that says nothing is closed; never less than a lease, so that ranks keep theirs.
     """
 
-    def __init__(self, bound: BoundSocket, *, token: bytes | None, lease: float = 10.0, body_limit: int = _BODY_LIMIT) -> None:
+    def __init__(
+        self,
+        bound: BoundSocket,
+        *,
+        token: bytes | None,
+        lease: float = 10.0,
+        body_limit: int = _BODY_LIMIT,
+        idle: float = 60.0,
+    ) -> None:
         if not lease > 0:
             raise ConfigError(f"a lease wants seconds above 0, found {lease}")
         self.bound = bound
         self.service = Service(lease)
+        self._idle = max(idle, lease)
         self._routes = Routes(self.service, Verifier(token) if token is not None else None, body_limit)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -71,6 +87,15 @@ class RegistryServer:
             raise CommplaneError(f"the registry at {self.bound} cannot serve: {self._failure}") from self._failure
         return self
 
+    def drain(self, timeout: float) -> bool:
+        """Wait until no group has a row any more: whether that came within `timeout` seconds."""
+        deadline = Deadline(timeout)
+        while not self.service.empty and self.alive:
+            if deadline.expired:
+                return False
+            time.sleep(0.02)
+        return True
+
     def close(self, timeout: float = 10.0) -> None:
         """Answer who waits, stop serving, close the socket. Idempotent."""
         if self._thread.is_alive() and self._loop is not None and self._stop is not None:
@@ -100,17 +125,43 @@ class RegistryServer:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         runner = web.AppRunner(
-            self._routes.application, access_log=None, handler_cancellation=True, shutdown_timeout=_CLOSE_SECONDS
+            self._routes.application,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=_CLOSE_SECONDS,
+            lingering_time=_LINGER_SECONDS,
+            keepalive_timeout=self._idle,
         )
         await runner.setup()
-        sweeper: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[Any]] = []
         try:
             await web.SockSite(runner, self.bound.socket, backlog=4096).start()
-            sweeper = asyncio.create_task(self.service.sweep())
+            forever = (self.service.sweep(), self._close_silent(runner), self._stop.wait())
+            tasks += [asyncio.create_task(each) for each in forever]
             self._serving.set()
-            await self._stop.wait()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # one that failed ends the server: without it leases would not
         finally:
-            if sweeper is not None:
-                sweeper.cancel()
+            for task in tasks:
+                task.cancel()
             self.service.close()
             await runner.cleanup()
+
+    async def _close_silent(self, runner: web.AppRunner) -> None:
+        """Close connections whose first request does not come; aiohttp looks after those that wait for another one."""
+        since: dict[web.RequestHandler, float] = {}
+        while runner.server is not None:
+            await asyncio.sleep(min(5.0, self._idle / 4))
+            now = time.monotonic()
+            since = {connection: since.get(connection, now) for connection in runner.server.connections}
+            self._routes.spoken.intersection_update(since)
+            for connection, begun in since.items():
+                if connection not in self._routes.spoken and now - begun >= self._idle:
+                    connection.force_close()
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files to what it may have: each rank keeps a connection."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 import msgspec
@@ -38,13 +39,20 @@ LONGEST_WAIT = 30.0
 class Group:
     """A table, the rooms that belong to it, and who waits for it to change."""
 
-    def __init__(self, name: str, now: Callable[[], float], lease: float) -> None:
+    def __init__(self, name: str, now: Callable[[], float], lease: float, since: int) -> None:
         self.name = name
-        self.table = Table(now, lease)
+        self.table = Table(now, lease, since=since)
         self.rooms = DpRankTable(now)
-        self.told = 0  # changes that waiters and metrics know of
+        self.told = since  # changes that waiters and metrics know of
         self.waiters: set[asyncio.Future[None]] = set()
         self._views: dict[str, tuple[int, bytes]] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing in it, and nobody waits for something."""
+        self.table.expire()
+        self.rooms.expire()
+        return not self.table.held and not self.rooms and not self.waiters
 
     def view(self, server: str, content_type: str) -> bytes:
         """The whole table, encoded; made once a change, for all ranks of a job ask for the same."""
@@ -53,7 +61,14 @@ class Group:
         known = self._views.get(content_type)
         if known is None or known[0] != sequence:
             table = self.table
-            view = TableView(server=server, sequence=sequence, topology=table.topology, ready=table.ready, rows=table.rows())
+            view = TableView(
+                server=server,
+                sequence=sequence,
+                topology=table.topology,
+                ready=table.ready,
+                rows=table.rows(),
+                lease=table.lease,
+            )
             known = self._views[content_type] = (sequence, encode(view, content_type))
         return known[1]
 
@@ -71,21 +86,38 @@ class Service:
         self.lease = lease
         self.metrics = Metrics()
         self._now = now
-        self._groups: dict[str, Group] = {}
+        self._groups: OrderedDict[str, Group] = OrderedDict()  # in the order in which they were last named
+        self._dropped = 0  # number of the last change of any group that was dropped
         self._closing = False
 
+    @property
+    def empty(self) -> bool:
+        """Whether no group has a row. For any thread."""
+        return not any(group.table.held for group in list(self._groups.values()))
+
     def group(self, name: str) -> Group:
-        """The group; one that nobody has named before is empty.
+        """The group; one that nobody has named before is empty. Where there are too many, an empty one goes that nobody uses.
 
         Raises:
-            Full: there are too many.
+            Full: all of them are in use.
         """
         found = self._groups.get(name)
         if found is None:
             if len(self._groups) >= GROUPS:
-                raise Full(f"the registry keeps {GROUPS} groups, found one more, {name!r}: run another registry")
-            found = self._groups[name] = Group(name, self._now, self.lease)
+                self._drop_one(name)
+            # Changes go on from where they ended: whoever followed a group that was dropped sees that it has missed some.
+            found = self._groups[name] = Group(name, self._now, self.lease, self._dropped)
+        self._groups.move_to_end(name)
         return found
+
+    def _drop_one(self, wanted: str) -> None:
+        """The idle group that was named longest ago: it also remembers who withdrew, while there is room for it."""
+        idle = next((group for group in self._groups.values() if group.idle), None)
+        if idle is None:
+            raise Full(f"the registry keeps {GROUPS} groups and all are in use, found one more, {wanted!r}: run another registry")
+        del self._groups[idle.name]
+        self._dropped = max(self._dropped, idle.table.feed.sequence)
+        self.metrics.forget(idle.name)
 
     def register(self, group: Group, asked: Registration, peer: str | None) -> Registered:
         """Take or keep a row; see `Table.register`. `peer` is the address that the request came from."""
@@ -144,7 +176,7 @@ class Service:
         """End leases when they are over, so that who waits is told. Runs until it is cancelled."""
         while True:
             await asyncio.sleep(min(0.25, self.lease / 10))
-            for group in self._groups.values():
+            for group in self._groups.values():  # nothing is awaited in here, so no request changes it meanwhile
                 group.table.expire()
                 group.rooms.expire()
                 self._tell(group)

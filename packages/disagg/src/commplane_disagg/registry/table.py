@@ -45,11 +45,12 @@ class Table:
         now: a monotonic clock, in seconds.
         lease: seconds that a row lives without renewal; one length for all, so that rows end in the order of their renewal.
         keep: changes that the feed holds.
+        since: number of the last change before those of this table.
     """
 
-    def __init__(self, now: Callable[[], float], lease: float = 10.0, keep: int = 4096) -> None:
+    def __init__(self, now: Callable[[], float], lease: float = 10.0, keep: int = 4096, since: int = 0) -> None:
         self.lease = lease
-        self.feed = Feed(keep)
+        self.feed = Feed(keep, since)
         self.topology: Topology | None = None
         self._now = now
         self._held: OrderedDict[Coordinate, Held] = OrderedDict()  # in the order in which leases end
@@ -132,10 +133,12 @@ class Table:
         """Give a row up. This instance and epoch cannot take it again: a registration of theirs that is still on its way is late.
 
         Raises:
-            Stale, UnknownRow: as `renew`.
+            Stale, UnknownRow: as `renew`; it cannot take the row again all the same.
         """
-        held = self._mine(tenure)
-        self._retire(held.row)
+        try:
+            held = self._mine(tenure)
+        finally:
+            self._retire(tenure)
         del self._held[tenure.key]
         self._tell("withdrawn", held.row)
         self._forget_topology()
@@ -220,8 +223,8 @@ class Table:
         held.until = self._now() + self.lease
         self._held.move_to_end(key)
 
-    def _retire(self, row: Row) -> None:
-        self._retired[row.key, row.instance, row.epoch] = None
+    def _retire(self, holder: Row | Tenure) -> None:
+        self._retired[holder.key, holder.instance, holder.epoch] = None
         if len(self._retired) > _RETIRED:
             self._retired.popitem(last=False)
 

@@ -20,19 +20,25 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, who: str) -> None:
-        self._fd: int | None = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd: int | None = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        _held.add(self)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            found = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "one that is just starting"
+            self._take(self._fd, folder, who)
+        except BaseException:  # also of a disk without room for the pid: what is not let go of would keep this process out
             self.close()
+            raise
+
+    def _take(self, fd: int, folder: Path, who: str) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found = os.pread(fd, 32, 0).decode(errors="replace").strip() or "one that is just starting"
             raise CommplaneError(
                 f"{who}: wanted {folder} for process {os.getpid()} alone, found it in use by process {found}; "
                 f"close that one, or give each process a folder of its own"
             ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
-        _held.add(self)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
         """Let go. Idempotent."""

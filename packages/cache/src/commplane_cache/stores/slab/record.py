@@ -16,9 +16,8 @@ __all__ = ["HEADER_BYTES", "RECORD_BYTES", "Header", "Record", "free_record", "p
 _MAGIC = b"commplane slab 1"
 _HEADER = struct.Struct("<16sQ36xI")  # magic, page bytes, reserved, crc32 of what is before
 HEADER_BYTES = _HEADER.size
-_BODY = struct.Struct("<BBxxxxQQ82x")  # kind, length of name, slot, checksum of the page, name
-_NAME_AT = struct.calcsize("<BBxxxxQQ")
-_NAME_BYTES = _BODY.size - _NAME_AT
+_NAME_BYTES = 82
+_BODY = struct.Struct(f"<BBxxxxQQ{_NAME_BYTES}s")  # kind, length of name, slot, checksum of the page, name
 RECORD_BYTES = _BODY.size + 4  # and the crc32 of the body
 _PUT, _FREE = 1, 2
 
@@ -55,9 +54,8 @@ class Record:
 
 
 def _pack(kind: int, slot: int, name: bytes, checksum: int) -> bytes:
-    body = bytearray(_BODY.pack(kind, len(name), slot, checksum))
-    body[_NAME_AT : _NAME_AT + len(name)] = name
-    return bytes(body) + struct.pack("<I", zlib.crc32(body))
+    body = _BODY.pack(kind, len(name), slot, checksum, name)
+    return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def put_record(slot: int, name: bytes, checksum: int) -> bytes:
@@ -79,5 +77,5 @@ def records(data: bytes) -> Iterator[Record | None]:
         if zlib.crc32(body) != int.from_bytes(view[start + _BODY.size : start + RECORD_BYTES], "little"):
             yield None
             continue
-        kind, length, slot, checksum = _BODY.unpack(body)
-        yield Record(slot, bytes(body[_NAME_AT : _NAME_AT + length]) if kind == _PUT else b"", checksum)
+        kind, length, slot, checksum, name = _BODY.unpack(body)
+        yield Record(slot, name[:length] if kind == _PUT else b"", checksum)

@@ -14,6 +14,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,9 +26,10 @@ from commplane.errors import CommplaneError, CommplaneWarning, ConfigError
 from commplane_cache.stores.batch import Part
 from commplane_cache.stores.slab.file import SlotFile
 from commplane_cache.stores.slab.lock import FolderLock
-from commplane_cache.stores.slab.log import Log
+from commplane_cache.stores.slab.log import Log, sync_folder
 from commplane_cache.stores.slab.record import Header, Record, free_record, put_record
 from commplane_cache.stores.slab.slots import Slots
+from commplane_cache.stores.slab.snapshot import in_order
 from commplane_cache.stores.threaded import ThreadedStore
 
 __all__ = ["SlabStore"]
@@ -42,9 +44,13 @@ class SlabStore(ThreadedStore):
     Options: `path` of a folder; room for `capacity_pages`, or `capacity_bytes`; `sync`: a put is acknowledged when it is on the
     device; `direct`: past the kernel's page cache (O_DIRECT), for stores larger than memory; `reserve`: take the room on the
     device at open; `threads`.
+
+    Pages go between the file and the caller's buffers without a copy, so a batch that is late just while the kernel moves a part
+    of it ends when that call returns.
     """
 
     name = "slab"
+    exists_at_once = 1024
     defaults: ClassVar[Mapping[str, Any]] = {
         "path": "",
         "capacity_pages": 0,
@@ -67,27 +73,27 @@ class SlabStore(ThreadedStore):
         self._slots = Slots(capacity)
         self._sync = options["sync"]
         self._was_read = False
-        opened: list[FolderLock | SlotFile | Log] = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            opened.append(FolderLock(folder, "slab"))
-            self._log = Log(folder / "index", Header(context.page_bytes), sync=self._sync, who="slab")
-            opened.append(self._log)
-            self._file = SlotFile(folder / "pages", context.page_bytes, direct=options["direct"])
-            opened.append(self._file)
-            self._recover()
-            self._file.cut(capacity)
-            if options["reserve"]:
-                self._file.reserve(capacity)
-        except BaseException as error:
-            for thing in reversed(opened):
-                thing.close()
-            if isinstance(error, OSError):
+        with ExitStack() as opened:
+            try:
+                new = [path for path in (folder, *folder.parents) if not path.exists()]
+                folder.mkdir(0o700, parents=True, exist_ok=True)  # pages say what was in the prompts
+                opened.callback(FolderLock(folder, "slab").close)
+                self._log = Log(folder / "index", Header(context.page_bytes), sync=self._sync, who="slab")
+                opened.callback(self._log.close)
+                self._file = SlotFile(folder / "pages", context.page_bytes, direct=options["direct"])
+                opened.callback(self._file.close)
+                self._recover()
+                self._file.cut(capacity)
+                if options["reserve"]:
+                    self._file.reserve(capacity)
+                if self._sync:  # a page on the device is lost if the name of its file is not there
+                    for named in (folder, *(path.parent for path in new)):
+                        sync_folder(named)
+            except OSError as error:
                 raise CommplaneError(f"slab: {folder} cannot be opened: {error}") from error
-            raise
-        self._opened = opened
-        if self._file.refused is not None:
-            warnings.warn(f"slab: O_DIRECT is not used: {self._file.refused}", CommplaneWarning, stacklevel=3)
+            if self._file.refused is not None:
+                warnings.warn(f"slab: O_DIRECT is not used: {self._file.refused}", CommplaneWarning, stacklevel=3)
+            self._opened = opened.pop_all()
 
     def _recover(self) -> None:
         found: list[Record] = []
@@ -135,9 +141,12 @@ class SlabStore(ThreadedStore):
         finally:
             part.leave()
             with self._lock:
+                # Before the slots may be used again: a new page of the same name in the same slot is not the bad one.
+                dropped = [slot for name, slot in bad if self._slots.drop(name, slot) is not None]
                 for _, slot, _ in found:
                     self._slots.unpin(slot)
-        self._forget(bad)
+        if dropped:
+            self._free(dropped)
 
     def _runs(self, entries: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
         """Cut (index, slot, checksum), sorted by slot, into neighbours that one call moves."""
@@ -146,14 +155,6 @@ class SlabStore(ThreadedStore):
             run = [entry for _, entry in group]
             for start in range(0, len(run), longest):
                 yield run[start : start + longest]
-
-    def _forget(self, pages: list[tuple[bytes, int]]) -> None:
-        """Take pages out, each only while it is in that slot."""
-        if not pages:
-            return
-        with self._lock:
-            dropped = [slot for name, slot in pages if self._slots.drop(name, slot) is not None]
-        self._free(dropped)
 
     def _free(self, slots: list[int]) -> None:
         """Slots that no name points to are taken back in the log, then may be used again."""
@@ -249,9 +250,8 @@ class SlabStore(ThreadedStore):
     def _shorten_log(self) -> None:
         with self._log_lock:
             if self._log.is_mostly_history(len(self._slots)):
-                with self._lock:
-                    alive = list(self._slots.items())
-                self._log.rewrite(alive)
+                # Nobody commits while we have the log; who drops a page meanwhile says so in it after us.
+                self._log.rewrite(in_order(self._slots, self._lock))
 
     def do_shut(self) -> None:
         """See `ThreadedStore`."""
@@ -260,5 +260,4 @@ class SlabStore(ThreadedStore):
                 # So that the order of use is that of the next process, too. After a kill it is the order of the puts.
                 self._log.rewrite(self._slots.items())
         finally:
-            for thing in reversed(self._opened):
-                thing.close()
+            self._opened.close()

@@ -11,7 +11,7 @@ from commplane.runtime.sync.schema import HEADER, Schema
 __all__ = ["Board", "difference_of_heads"]
 
 _MIN, _MAX, _LEADER, _SUM = range(4)
-# Of flags that have been made 0 or 1.
+# Flags are 0 or 1 in a row.
 _KIND = {Vote.ANY: _MAX, Vote.ALL: _MIN, Vote.MIN: _MIN, Vote.MAX: _MAX, Vote.LEADER: _LEADER, Vote.SUM: _SUM}
 
 
@@ -28,15 +28,13 @@ class Board:
     def __init__(self, schema: Schema, ranks: Sequence[int]) -> None:
         import numpy as np
 
-        self._flags = schema.flags if schema.flags.start < schema.flags.stop else None
-        self._not_equal = np.not_equal
         self._ranks = tuple(ranks)
         columns = schema.columns
-        kinds = 4 if Vote.SUM in schema.rules else 3
-        self._results = np.zeros((kinds, columns), dtype=np.int64)
+        self._results = np.zeros((4, columns), dtype=np.int64)
         self._minimum, self._maximum, self._add = np.minimum.reduce, np.maximum.reduce, np.add.reduce
-        self._low, self._high, self._leader = self._results[_MIN], self._results[_MAX], self._results[_LEADER]
-        self._sum = self._results[_SUM] if kinds == 4 else None
+        self._low, self._high = self._results[_MIN], self._results[_MAX]
+        self._leader = self._results[_LEADER] if Vote.LEADER in schema.rules else None
+        self._sum = self._results[_SUM] if Vote.SUM in schema.rules else None
         heads = [kind * columns + c for kind in (_MIN, _MAX) for c in range(HEADER)]
         fields = [_KIND[rule] * columns + HEADER + c for c, rule in enumerate(schema.rules)]
         self._where = np.array([*heads, *fields])
@@ -45,14 +43,12 @@ class Board:
         """The agreed number of each column after the header; or, where headers differ, how.
 
         Args:
-            rows: an int64 array, one row a rank in group order; its flags become 0 or 1.
+            rows: an int64 array, one row a rank in group order.
         """
-        if self._flags is not None:
-            flags = rows[:, self._flags]
-            self._not_equal(flags, 0, out=flags, casting="unsafe")
         self._minimum(rows, 0, None, self._low)
         self._maximum(rows, 0, None, self._high)
-        self._leader[:] = rows[0]
+        if self._leader is not None:
+            self._leader[:] = rows[0]
         if self._sum is not None:
             self._add(rows, 0, None, self._sum)
         picked: list[int] = self._results.take(self._where).tolist()

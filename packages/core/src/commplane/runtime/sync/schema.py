@@ -6,7 +6,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
+from operator import index, itemgetter
 from typing import Any, NoReturn
 
 from commplane.api import SyncField, SyncSpec, Vote
@@ -20,6 +20,7 @@ HEADER = 3
 Values = Mapping[str, int | Sequence[int]]
 
 _FLAGS = (Vote.ANY, Vote.ALL)
+_BITS = frozenset((0, 1))
 
 
 class Schema:
@@ -28,10 +29,9 @@ class Schema:
     Single numbers come first and vectors last: the single ones, mostly all there are, are read from a mapping by one call.
 
     Attributes:
-        fields: ``"spec.field"`` -> field, by the names of the specs and in the order of each spec's fields.
+        fields: ``"spec.field"`` -> field, sorted by name.
         columns: of a row, in numbers of 64 bits.
-        rules: the rule of each column after the header.
-        flags: the columns of ``any`` and ``all``; in a row they are what the rank gave, also other numbers than 0 and 1.
+        rules: the rule of each column after the header. Those of ``any`` and ``all`` hold 0 or 1.
         hash: of names, rules and counts; 56 bits.
     """
 
@@ -40,29 +40,26 @@ class Schema:
         names = [spec.name for spec in ordered]
         if len(set(names)) != len(names):
             raise ConfigError(f"sync round: wanted each spec once, found {', '.join(names)}: leave out or rename one")
-        self.fields: dict[str, SyncField] = {f"{spec.name}.{f.name}": f for spec in ordered for f in spec.fields}
+        # By name, so that the order in which a plugin gives its fields is no difference.
+        named = {f"{spec.name}.{f.name}": f for spec in ordered for f in spec.fields}
+        self.fields: dict[str, SyncField] = dict(sorted(named.items()))
         single = {name: f for name, f in self.fields.items() if f.count == 1}
         summed = [name for name, f in single.items() if f.rule is Vote.SUM]
         flags = [name for name, f in single.items() if f.rule in _FLAGS]
         others = [name for name in single if name not in {*summed, *flags}]
-        self._single = (*summed, *others, *flags)
+        self._single = (*summed, *flags, *others)
         self._pick = _picker(self._single)
-        vectors = sorted((f.rule not in _FLAGS, name) for name, f in self.fields.items() if f.count > 1)
-        self._vectors: list[tuple[str, int, bool, slice]] = []
+        self._summed, self._flags = slice(0, len(summed)), slice(len(summed), len(summed) + len(flags))
+        self._vectors: list[tuple[str, SyncField, slice]] = []
         at = len(single)
-        for _, name in vectors:
-            f = self.fields[name]
-            self._vectors.append((name, f.count, f.rule is Vote.SUM, slice(at, at + f.count)))
-            at += f.count
+        for name, f in self.fields.items():
+            if f.count > 1:
+                self._vectors.append((name, f, slice(at, at + f.count)))
+                at += f.count
         self.columns = HEADER + at
-        self.rules = tuple(
-            self.fields[name].rule for name in (*self._single, *(n for _, n in vectors)) for _ in range(self.fields[name].count)
-        )
-        self.flags = slice(
-            HEADER + len(summed) + len(others), HEADER + len(summed) + len(others) + sum(r in _FLAGS for r in self.rules)
-        )
+        names = [*self._single, *(name for name, _, _ in self._vectors)]
+        self.rules = tuple(self.fields[name].rule for name in names for _ in range(self.fields[name].count))
         self._row = struct.Struct(f"={self.columns}q")
-        self._summed = slice(0, len(summed))
         # Sums wrap around in 64 bits: no rank may bring more than its part of them.
         self._largest_summand = (2**63 - 1) // world_size
         digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).digest()
@@ -87,14 +84,19 @@ class Schema:
             flat = self._pick(values)
             if len(values) != len(self.fields):
                 self._refuse(values, digest)
-            if flat[self._summed]:
-                self._check_summands(flat[self._summed])
-            for name, count, summed, _ in self._vectors:
+            summed, flags = flat[self._summed], flat[self._flags]
+            if summed:
+                self._check_summands(summed)
+            if not _BITS.issuperset(flags):
+                flat = (*summed, *map(bool, map(index, flags)), *flat[self._flags.stop :])
+            for name, f, _ in self._vectors:
                 vector: Any = values[name]
-                if len(vector) != count:
+                if len(vector) != f.count:
                     self._refuse(values, digest)
-                if summed:
+                if f.rule is Vote.SUM:
                     self._check_summands(vector)
+                elif f.rule in _FLAGS:
+                    vector = map(bool, map(index, vector))
                 flat = (*flat, *vector)
             self._row.pack_into(buffer, offset, self.hash, step, digest, *flat)
         except (KeyError, TypeError, struct.error) as error:
@@ -103,7 +105,7 @@ class Schema:
     def named(self, numbers: Sequence[int]) -> dict[str, int | tuple[int, ...]]:
         """The agreed numbers, one a column after the header, by the names of the fields."""
         out: dict[str, int | tuple[int, ...]] = dict(zip(self._single, numbers))  # noqa: B905  vectors follow
-        for name, _, _, at in self._vectors:
+        for name, _, at in self._vectors:
             out[name] = tuple(numbers[at])
         return out
 

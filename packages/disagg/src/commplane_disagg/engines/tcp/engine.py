@@ -70,7 +70,7 @@ class _Watch:
         with self._lock:
             self._to_forget = (peer, done)  # one at a time: the engine's caller waits
         os.eventfd_write(self._wake, 1)
-        done.wait()
+        done.wait(self._timeout)
 
     def _run(self) -> None:
         tick = min(0.25, self._timeout / 8)
@@ -155,7 +155,7 @@ class Tcp(PoolEngine):
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             return Listener(found[0], found[4], self._buffer, self.context.name)  # type: ignore[arg-type]
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a name with an empty label, or too long a one
             raise CommplaneError(
                 f"engine 'tcp' of {self.context.name!r} cannot listen at {host!r} port {port}: {error}; give it an address of "
                 f"this machine"

@@ -10,6 +10,7 @@ import contextlib
 import secrets
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 
 from commplane_disagg.engines.tcp import wire
@@ -17,8 +18,9 @@ from commplane_disagg.engines.tcp import wire
 __all__ = ["Listener", "tune"]
 
 _HANDSHAKE_SECONDS = 10.0
-_MOST_STRANGERS = 64
-"""Streams at once that have not proved the token."""
+_MOST_STRANGERS = 256
+"""Streams at once that have not proved the token. The oldest one has to go for the next, once it has had `_GRACE_SECONDS`."""
+_GRACE_SECONDS = 1.0
 
 
 def tune(stream: socket.socket, buffer_bytes: int) -> None:
@@ -37,6 +39,7 @@ class _Incoming:
     """One stream that bytes come over. `hello` is None until the writer has proved who it is."""
 
     socket: socket.socket
+    born: float = field(default_factory=time.monotonic)
     hello: wire.Hello | None = None
     is_closed: bool = False
     thread: threading.Thread = field(init=False)
@@ -116,6 +119,11 @@ class Listener:
 
     def _accept(self) -> None:
         while not self._closing.is_set():
+            with self._lock:
+                oldest = self._oldest_of_too_many()
+            if oldest is not None and time.monotonic() - oldest.born < _GRACE_SECONDS:
+                self._closing.wait(0.02)  # it may be about to speak: who comes now waits in the kernel's queue
+                continue
             try:
                 connection, _ = self._socket.accept()
             except OSError:  # closed, or out of descriptors: who connects sees its own deadline
@@ -125,13 +133,17 @@ class Listener:
             stream.thread = threading.Thread(
                 target=self._serve, args=(stream,), name=f"commplane-tcp-in {self._name}", daemon=True
             )
-            with self._lock:
-                strangers = sum(s.hello is None for s in self._streams)
-                if strangers >= _MOST_STRANGERS:
-                    connection.close()
-                    continue
+            with self._lock:  # again: it may have proved the token while nobody came
+                oldest = self._oldest_of_too_many()
+                if oldest is not None:
+                    oldest.close()
                 self._streams.add(stream)
             stream.thread.start()
+
+    def _oldest_of_too_many(self) -> _Incoming | None:
+        """The stranger who has to go for the next one; None while there is room. With the lock held."""
+        strangers = [s for s in self._streams if s.hello is None and not s.is_closed]
+        return min(strangers, key=lambda s: s.born) if len(strangers) >= _MOST_STRANGERS else None
 
     def _serve(self, stream: _Incoming) -> None:
         try:
@@ -149,10 +161,11 @@ class Listener:
 
     def _greet(self, stream: _Incoming) -> None:
         tune(stream.socket, self._buffer_bytes)
+        until = stream.born + _HANDSHAKE_SECONDS
         stream.socket.settimeout(_HANDSHAKE_SECONDS)
         nonce = secrets.token_bytes(wire.NONCE_BYTES)
         stream.socket.sendall(wire.CHALLENGE_MAGIC + nonce)
-        hello = wire.receive_hello(stream.socket, self.token, nonce)
+        hello = wire.receive_hello(stream.socket, self.token, nonce, until)
         # A writer that was started again, or connects again: what its earlier streams still hold must not land later.
         self.fence(hello.name, hello.session)
         with self._lock:

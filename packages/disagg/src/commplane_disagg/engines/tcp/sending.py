@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections import deque
@@ -17,11 +18,16 @@ from commplane_disagg.engines.base import Ends
 from commplane_disagg.engines.pieces import Pieces
 from commplane_disagg.engines.tcp import wire
 from commplane_disagg.engines.tcp.receiving import left, tune
+from commplane_disagg.resolve import resolve
 
 __all__ = ["Outgoing", "connect_stream"]
 
-_LEAST_BATCH = 256 << 10
+_LEAST_BATCH = 1 << 20
 _MOST_BATCH = 4 << 20
+_ASK_SECONDS = 0.1
+"""Without an answer, after which the kernel is asked; most batches are answered sooner."""
+_BYTES_ACKED = struct.Struct("@Q"), 120
+"""Type and offset of `tcpi_bytes_acked` in Linux's `struct tcp_info` (linux/tcp.h, from Linux 4.1 on)."""
 
 
 @dataclass(eq=False)
@@ -66,19 +72,18 @@ def connect_stream(
 
     stream: socket.socket | None = None
     try:
-        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        family = resolve(*address, until)[0]
         stream = socket.socket(family[0], socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         tune(stream, buffer_bytes)
         stream.settimeout(rest())
         stream.connect(family[4])
-        stream.settimeout(rest())
-        challenge = wire.receive_exactly(stream, len(wire.CHALLENGE_MAGIC) + wire.NONCE_BYTES)
+        challenge = wire.receive_exactly(stream, len(wire.CHALLENGE_MAGIC) + wire.NONCE_BYTES, until)
         magic, nonce = challenge[: len(wire.CHALLENGE_MAGIC)], challenge[len(wire.CHALLENGE_MAGIC) :]
         if magic != wire.CHALLENGE_MAGIC:
             raise wire.WireError(f"{where}: wanted an engine 'tcp', found something that says {magic!r}")
-        stream.sendall(hello.pack(wire.proof_of_writer(token, nonce, hello)))
         stream.settimeout(rest())
-        answer = receive_proof(stream, where)
+        stream.sendall(hello.pack(wire.proof_of_writer(token, nonce, hello)))
+        answer = receive_proof(stream, where, until)
         if not hmac.compare_digest(answer, wire.proof_of_listener(token, nonce, hello)):
             raise wire.WireError(f"{where} has not got the token of its metadata: something else listens there now")
         stream.settimeout(None)
@@ -94,15 +99,15 @@ def connect_stream(
     return stream
 
 
-def receive_proof(stream: socket.socket, where: str) -> bytes:
+def receive_proof(stream: socket.socket, where: str, until: float) -> bytes:
     """The listener's, or its refusal raised as a WireError."""
-    head = wire.receive_exactly(stream, wire.ANSWER_BYTES)
+    head = wire.receive_exactly(stream, wire.ANSWER_BYTES, until)
     if head.startswith(wire.CHALLENGE_MAGIC):
         rest = len(wire.CHALLENGE_MAGIC) + wire.MAC_BYTES - len(head)
-        return head[len(wire.CHALLENGE_MAGIC) :] + wire.receive_exactly(stream, rest)
+        return head[len(wire.CHALLENGE_MAGIC) :] + wire.receive_exactly(stream, rest, until)
     try:
         while not wire.read_answer(head)[2]:
-            head += wire.receive_exactly(stream, 1)
+            head += wire.receive_exactly(stream, 1, until)
     except wire.WireError as error:
         raise wire.WireError(f"{where}: {error}") from error
     raise wire.WireError(f"{where}: wanted a proof of the token, found {head!r}")
@@ -127,6 +132,7 @@ class Outgoing:
         self._queue: deque[_Transfer] = deque()
         self._open: dict[int, _Transfer] = {}
         self._progress = time.monotonic()
+        self._acked = 0
         self._answers = dict.fromkeys(streams, b"")
         self._threads = [
             threading.Thread(target=self._send, args=(stream,), name=f"commplane-tcp-out {peer}", daemon=True)
@@ -184,9 +190,16 @@ class Outgoing:
             stream.close()
 
     def silent_for(self) -> float:
-        """Seconds since the peer last answered, 0 while nothing is open."""
+        """Seconds since the peer last answered or its kernel last took bytes, 0 while nothing is open.
+
+        An answer is to a whole batch, which a slow link carries for longer than a peer may be silent. What the kernel takes for a
+        peer that is stopped ends with its buffers, so such a peer is found all the same. The engine's watch calls it, often.
+        """
         with self._changed:
-            return time.monotonic() - self._progress if self._open else 0.0
+            silence = time.monotonic() - self._progress if self._open else 0.0
+            if silence >= _ASK_SECONDS and (acked := sum(map(_acked_bytes, self.streams))) != self._acked:
+                self._acked, self._progress, silence = acked, time.monotonic(), 0.0
+            return silence
 
     def hear(self, stream: socket.socket) -> None:
         """Read answers that have come over `stream`. Does not wait."""
@@ -253,6 +266,16 @@ class Outgoing:
                     views = left(views, stream.sendmsg(views))
         except OSError as error:
             self.lose(f"peer {self.peer!r} is lost: {error}")
+
+
+def _acked_bytes(stream: socket.socket) -> int:
+    """Bytes that the other end's kernel has acknowledged since the stream began; 0 where this kernel does not say."""
+    kind, offset = _BYTES_ACKED
+    try:
+        info = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, offset + kind.size)
+    except OSError:  # closed meanwhile
+        return 0
+    return int(kind.unpack_from(info, offset)[0]) if len(info) >= offset + kind.size else 0
 
 
 def new_session() -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hmac
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,14 +88,24 @@ def proof_of_listener(token: bytes, nonce: bytes, hello: Hello) -> bytes:
     return hmac.digest(token, b"listener" + nonce + hello.session + hello.name.encode(), "sha256")
 
 
-def receive_exactly(stream: socket.socket, nbytes: int) -> bytes:
+def receive_exactly(stream: socket.socket, nbytes: int, until: float | None = None) -> bytes:
     """Small things of the protocol.
+
+    Args:
+        stream: whose timeout is set, if there is a deadline.
+        nbytes: wanted.
+        until: deadline for all of them, of `time.monotonic`; the stream's own timeout begins anew with each byte.
 
     Raises:
         Ended: the stream ended first.
+        TimeoutError: they did not come in time.
     """
     out = b""
     while len(out) < nbytes:
+        if until is not None:
+            if (rest := until - time.monotonic()) <= 0:
+                raise TimeoutError("timed out")
+            stream.settimeout(rest)
         more = stream.recv(nbytes - len(out), socket.MSG_WAITALL)
         if not more:
             raise Ended
@@ -102,17 +113,17 @@ def receive_exactly(stream: socket.socket, nbytes: int) -> bytes:
     return out
 
 
-def receive_hello(stream: socket.socket, token: bytes, nonce: bytes) -> Hello:
-    """Who is there, proved.
+def receive_hello(stream: socket.socket, token: bytes, nonce: bytes, until: float | None = None) -> Hello:
+    """Who is there, proved, by `until` of `time.monotonic`.
 
     Raises:
         WireError: it is no writer of this protocol, or has not got the token.
     """
-    magic, version, name_bytes, session, mac = _HELLO.unpack(receive_exactly(stream, _HELLO.size))
+    magic, version, name_bytes, session, mac = _HELLO.unpack(receive_exactly(stream, _HELLO.size, until))
     if magic != _HELLO_MAGIC or version != VERSION or not 0 < name_bytes <= MOST_NAME_BYTES:
         raise WireError(f"wanted a writer of protocol version {VERSION}, found {magic!r} version {version}")
     try:
-        hello = Hello(receive_exactly(stream, name_bytes).decode(), session)
+        hello = Hello(receive_exactly(stream, name_bytes, until).decode(), session)
     except UnicodeDecodeError as error:
         raise WireError(f"wanted a name in UTF-8, {error}") from error
     if not hmac.compare_digest(mac, proof_of_writer(token, nonce, hello)):

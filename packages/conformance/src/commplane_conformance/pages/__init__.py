@@ -1,0 +1,1 @@
+"""What every page store has to pass: ``pytest --pyargs commplane_conformance --commplane-store NAME``."""
