@@ -1,0 +1,1 @@
+"""The entry point. Importing it loads neither torch nor flashinfer."""
