@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -30,7 +32,6 @@ import torch
 import commplane
 from commplane.runtime import Communicator, Plane
 from commplane.testing import PluginHost, without_canary
-from commplane_custom_ar import plugin
 
 GPUS = torch.cuda.device_count()  # through NVML: this process makes no context
 MPS_CONTROL = shutil.which("nvidia-cuda-mps-control")
@@ -80,6 +81,7 @@ class Job:
     env: Mapping[str, str]
     config: Mapping[str, Any]
     log: str
+    plugins: tuple[str, ...]
 
 
 @dataclass
@@ -108,14 +110,21 @@ class Rank:
         """Whether all ranks are on one GPU."""
         return "CUDA_MPS_PIPE_DIRECTORY" in self.job.env
 
+    @property
+    def backend(self) -> str:
+        """Whose communicators `form` makes: the first of the world's plugins."""
+        return self.job.plugins[0]
+
     def form(self, name: str, ranks: list[int] | None = None, **options: Any) -> Communicator:
-        """A new communicator of custom_ar; `options` are its own settings. Collective over `ranks`."""
+        """A new communicator of `backend`; `options` are its own settings. Collective over `ranks`."""
         with without_canary():
             comm = self.plane.communicator(
-                name, ranks, device=str(self.device), backends=["custom_ar"], options={"custom_ar": options}
+                name, ranks, device=str(self.device), backends=[self.backend], options={self.backend: options}
             )
-        if comm.plan.backends[0] != "custom_ar":
-            raise AssertionError(f"custom_ar is not in the plan: {[(c.name, c.state, c.reason) for c in comm.plan.candidates]}")
+        if comm.plan.backends[0] != self.backend:
+            found = [(c.name, c.state, c.reason) for c in comm.plan.candidates]
+            comm.close()
+            raise AssertionError(f"{self.backend} is not in the plan: {found}")
         return comm
 
     def comm(self, **options: Any) -> Communicator:
@@ -127,10 +136,12 @@ class Rank:
         return known
 
 
-def custom_ar_alone() -> PluginHost:
-    """This wheel's plugin and core's own."""
+def only(*names: str) -> PluginHost:
+    """The plugins of these wheels of the repository, and core's own."""
     out = PluginHost()
-    out.register(plugin, "custom_ar", dist="commplane-custom-ar", version="0.1.0")
+    for name in names:
+        dist = f"commplane-{name.replace('_', '-')}"
+        out.register(importlib.import_module(f"commplane_{name}.plugin"), name, dist=dist, version=metadata.version(dist))
     return out
 
 
@@ -153,7 +164,7 @@ def main(connection: Connection, job: Job) -> None:
         torch.cuda.set_device(job.ordinal)
         store = TCPStore("127.0.0.1", job.port, is_master=False)
         plane = commplane.init(
-            store=store, rank=job.rank, world_size=job.world_size, config=job.config, plugins=custom_ar_alone()
+            store=store, rank=job.rank, world_size=job.world_size, config=job.config, plugins=only(*job.plugins)
         )
         rank = Rank(job, store, plane)
 
@@ -184,7 +195,15 @@ class RankFailed(AssertionError):
 class World:
     """`size` processes as ranks, on GPUs of their own or under MPS on one."""
 
-    def __init__(self, size: int, mps: Mapping[str, str] | None, cache: str, **config: Any) -> None:
+    def __init__(
+        self,
+        size: int,
+        mps: Mapping[str, str] | None,
+        cache: str,
+        plugins: tuple[str, ...],
+        more_env: Mapping[str, str],
+        **config: Any,
+    ) -> None:
         from torch.distributed import TCPStore
 
         context = multiprocessing.get_context("forkserver")
@@ -192,7 +211,7 @@ class World:
         self.size, self.usable = size, True
         self._folder = tempfile.TemporaryDirectory(prefix="commplane-gpu-")
         settings = {"timeout": TIMEOUT_S, "startup_timeout": STARTUP_S, "flight_dir": self._folder.name, **config}
-        env = {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1", **(mps or {})}
+        env = {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1", **more_env, **(mps or {})}
         if mps:
             env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(100 // size)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -201,7 +220,7 @@ class World:
         self._logs = [f"{self._folder.name}/rank{rank}.log" for rank in range(size)]
         for rank, log in enumerate(self._logs):
             ours, theirs = context.Pipe()
-            job = Job(rank, size, self._store.port, 0 if mps else rank, env, settings, log)
+            job = Job(rank, size, self._store.port, 0 if mps else rank, env, settings, log, plugins)
             process = context.Process(target=main, args=(theirs, job), daemon=True)
             process.start()
             theirs.close()
@@ -324,9 +343,13 @@ class Mps:
 
 
 class Worlds:
-    """The shared worlds of a run, one for each size, started when first wanted and again after a failure."""
+    """The shared worlds of a run, one for each size, started when first wanted and again after a failure.
 
-    def __init__(self) -> None:
+    `plugins` are the wheels that their ranks see; the first is the one that `Rank.form` uses.
+    """
+
+    def __init__(self, *plugins: str, env: Mapping[str, str] | None = None) -> None:
+        self._plugins, self._env = plugins, dict(env or {})
         self._worlds: dict[int, World] = {}
         self._short: dict[tuple[int, float], World] = {}
         self._mps: Mps | None = None
@@ -359,7 +382,9 @@ class Worlds:
     def _start(self, size: int, **config: Any) -> World:
         if size > GPUS and self._mps is None:
             self._mps = Mps()
-        return World(size, self._mps.env if size > GPUS and self._mps else None, self._cache.name, **config)
+        return World(
+            size, self._mps.env if size > GPUS and self._mps else None, self._cache.name, self._plugins, self._env, **config
+        )
 
     @contextlib.contextmanager
     def fresh(self, size: int, **config: Any) -> Iterator[World]:
