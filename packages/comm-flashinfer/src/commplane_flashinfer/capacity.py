@@ -1,0 +1,50 @@
+"""What a workspace of FlashInfer's trtllm kernels holds and takes. Pure; the layout was read from flashinfer-python 0.7.2."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["GRANULARITY", "MOST_SPAN", "WORLD_SIZES", "allocations", "largest", "physical", "requests", "shape"]
+
+WORLD_SIZES: Final = (2, 4, 8, 16)
+"""Group sizes that there are kernels for; of others FlashInfer says so only at the first launch."""
+
+GRANULARITY: Final = 2 << 20
+"""Bytes to which the CUDA driver rounds an allocation up."""
+
+MOST_SPAN: Final = 1 << 30
+"""Largest ``world_size * elements * itemsize``: the kernels multiply offsets as 32-bit integers and would wrap above it."""
+
+_PAD = 2048  # FlashInfer leaves room for signals behind each allocation, used or not
+_FLAGS = 256 * 4  # bytes of barrier flags a rank
+
+
+def requests(world_size: int, elements: int, itemsize: int) -> tuple[int, int, int]:
+    """Bytes of the three buffers as the kernels see them: two-shot staging, flags, and three turns of one-shot staging."""
+    span = world_size * elements * itemsize
+    return _up(span, 16), _up(world_size * _FLAGS, 16), _up(3 * span, 16)
+
+
+def allocations(world_size: int, elements: int, itemsize: int, granularity: int = GRANULARITY) -> tuple[int, int, int]:
+    """The same as physical memory of one rank."""
+    one, flags, three = (_up(n + _PAD, granularity) for n in requests(world_size, elements, itemsize))
+    return one, flags, three
+
+
+def physical(world_size: int, elements: int, itemsize: int, granularity: int = GRANULARITY) -> int:
+    """Bytes of device memory that a workspace takes on each rank: about ``4 * world_size * elements * itemsize``."""
+    return sum(allocations(world_size, elements, itemsize, granularity))
+
+
+def largest(world_size: int, itemsize: int) -> int:
+    """The most elements of one message for which no offset of the kernels overflows."""
+    return MOST_SPAN // (world_size * itemsize)
+
+
+def shape(elements: int, hidden: int) -> tuple[int, int]:
+    """Tokens and hidden size to ask FlashInfer for, whose product is what counts; at least `elements`."""
+    return max(1, -(-elements // hidden)), hidden
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
