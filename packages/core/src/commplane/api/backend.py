@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -200,6 +200,15 @@ class CommBackend(ABC):
             collective: which one.
             dtype: torch's name.
             capturing: whether the calls are made while a capture is open.
+        """
+        return None
+
+    def formats(self) -> Collection[str] | None:
+        """Of `all_reduce_rms_norm_quant`, the formats of the spec that this device has. Local; since comm 1.3.
+
+        Asked once, right after `open`, by whoever declares the collective. None is for all of them; those that are left out are
+        composed, and with an empty answer all are. Every rank must answer alike: what is left is part of the plan that the
+        ranks compare.
         """
         return None
 

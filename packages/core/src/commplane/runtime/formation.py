@@ -108,6 +108,7 @@ class Formation:
         built: dict[str, CommBackend] = {}
         attempts: list[StoreBootstrap] = []
         offers: list[Offer] = []
+        served: list[BackendSpec] = []
         try:
             for name in draft.order:
                 entry = registered[name]
@@ -139,10 +140,10 @@ class Formation:
                 if result.backend is not None:
                     built[name] = result.backend
                     attempts.append(attempt)
+                    served.append(result.spec)
                     offers.extend(result.offers)
-            specs = tuple(registered[n].spec for n in draft.order if n in built)
             refused = tuple(sorted(draft.refused, key=lambda c: c.name))
-            plan = Plan.of(self._key, (*outcomes, *refused), specs, self._config.numerics, offers)  # type: ignore[arg-type]
+            plan = Plan.of(self._key, (*outcomes, *refused), served, self._config.numerics, offers)
             self._warn_of_refusals(plan)
             digests = self._bootstrap.gather(plan.digest, what="commit").groups
             text = disagreement("the plan", [(digest, [self._key.ranks[i] for i in at]) for digest, at in digests])
