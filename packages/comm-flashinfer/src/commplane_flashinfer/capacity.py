@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["GRANULARITY", "MOST_SPAN", "WORLD_SIZES", "allocations", "largest", "physical", "requests", "shape"]
+__all__ = ["GRANULARITY", "MOST_SPAN", "WORLD_SIZES", "allocations", "largest", "physical", "requests", "rounded", "shape"]
 
 WORLD_SIZES: Final = (2, 4, 8, 16)
 """Group sizes that there are kernels for; of others FlashInfer says so only at the first launch."""
@@ -16,6 +16,7 @@ MOST_SPAN: Final = 1 << 30
 """Largest ``world_size * elements * itemsize``: the kernels multiply offsets as 32-bit integers and would wrap above it."""
 
 _PAD = 2048  # FlashInfer leaves room for signals behind each allocation, used or not
+_ROW = 4096  # elements
 _FLAGS = 256 * 4  # bytes of barrier flags a rank
 
 
@@ -39,6 +40,11 @@ def physical(world_size: int, elements: int, itemsize: int, granularity: int = G
 def largest(world_size: int, itemsize: int) -> int:
     """The most elements of one message for which no offset of the kernels overflows."""
     return MOST_SPAN // (world_size * itemsize)
+
+
+def rounded(elements: int) -> int:
+    """What to build for messages of `elements`: whole rows, so that one that is padded to them fits too."""
+    return _up(elements, _ROW)
 
 
 def shape(elements: int, hidden: int) -> tuple[int, int]:

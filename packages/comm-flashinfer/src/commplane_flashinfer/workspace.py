@@ -103,7 +103,9 @@ class Workspaces:
         capturing = exchange.allgather(boundary.capturing())
         if any(capturing):
             ranks = ", ".join(str(r) for r, yes in zip(context.ranks, capturing, strict=True) if yes)
-            raise CaptureError(f"{context.who} {what} inside a CUDA graph capture of rank {ranks}: call prepare before the capture")
+            raise CaptureError(
+                f"{context.who} {what} inside a CUDA graph capture of rank {ranks}: call prepare before the capture"
+            )
         try:
             exchange.agree(boundary.spare(context.device, capacity.requests(context.world_size, elements, size)))
             raw, problem = self._create(exchange, single, elements)
@@ -141,7 +143,9 @@ class Workspaces:
                 comm_backend=exchange,
             ), None
         except Exception as error:  # whatever FlashInfer raises becomes a vote
-            problem = str(error) if isinstance(error, CommplaneError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            problem = (
+                str(error) if isinstance(error, CommplaneError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
         self._boundary.free_partial(exchange)
         return None, problem
 
@@ -164,8 +168,8 @@ class Workspaces:
         """Free everything after what runs on the device. Local, idempotent, waits no longer than the deadline of a call.
 
         Raises:
-            CommunicatorError: kernels still run at the deadline, because they wait for a rank that is lost; nothing is freed then,
-                because the device may still write there.
+            CommunicatorError: kernels still run at the deadline, because they wait for a rank that is lost; nothing is freed then:
+                the device may still write there.
         """
         held = [*self._held.values(), *self._replaced]
         self._held, self._replaced = {}, []
@@ -174,8 +178,8 @@ class Workspaces:
         if not self._boundary.settle(self._context.device, self._context.timeout):
             _KEPT.extend(held)
             raise CommunicatorError(
-                f"{self._context.who} wanted its kernels to end within {self._context.timeout:g} s, found them waiting for a lost "
-                f"rank: {sum(h.nbytes for h in held)} bytes of device memory stay until this process ends"
+                f"{self._context.who} wanted its kernels to end within {self._context.timeout:g} s, found them waiting for a "
+                f"lost rank: {sum(h.nbytes for h in held)} bytes of device memory stay until this process ends"
             )
         for h in held:
             self._boundary.free(h.raw)

@@ -1,0 +1,102 @@
+"""All that is asked of FlashInfer and of the device but to launch a kernel. Tests without a GPU replace this class alone."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from commplane.errors import CommunicatorError
+from commplane_flashinfer import preflight, topology
+from commplane_flashinfer.exchange import Exchange
+from commplane_flashinfer.topology import Card
+
+__all__ = ["Boundary"]
+
+
+class Boundary:
+    """The real one. Every method is local; the device is the thread's current one where a method has none.
+
+    Attributes:
+        comm: the module ``flashinfer.comm``, imported when this is made.
+    """
+
+    def __init__(self) -> None:
+        from flashinfer import comm  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        self.comm: Any = comm
+
+    def load(self) -> None:
+        """Load the kernels. Where no prebuilt ones are installed FlashInfer compiles them, which takes minutes."""
+        from flashinfer.comm.trtllm_ar import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+            get_trtllm_comm_module,
+        )
+
+        get_trtllm_comm_module()
+
+    def card(self, device: str) -> Card:
+        """The GPU `device`."""
+        import torch
+        from flashinfer.utils import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+            is_confidential_compute,
+        )
+
+        found = torch.cuda.get_device_properties(torch.device(device))
+        return Card(f"GPU-{found.uuid}", found.name, (found.major, found.minor), bool(is_confidential_compute()))
+
+    def linked(self, uuid: str, others: Sequence[str]) -> list[str]:
+        """Those of `others` that the card `uuid` has NVLink to."""
+        return topology.look(uuid, others)
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured."""
+        import torch
+
+        return torch.cuda.is_current_stream_capturing()
+
+    def spare(self, device: str, sizes: Sequence[int]) -> str | None:
+        """Why `device` cannot give allocations of `sizes` bytes, or None."""
+        import torch
+
+        ordinal = torch.device(device).index or 0
+        return preflight.spare(ordinal, sizes)
+
+    def settle(self, device: str, seconds: float) -> bool:
+        """Wait for all that runs on `device`; whether it ended in time. A kernel may wait for a lost rank for ever."""
+        import torch
+
+        problems: list[Exception] = []
+
+        def wait() -> None:
+            try:
+                torch.cuda.synchronize(torch.device(device))
+            except Exception as error:  # raised where it is waited for
+                problems.append(error)
+
+        thread = threading.Thread(target=wait, name="commplane-flashinfer settle", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if problems:
+            raise CommunicatorError(f"wanted {device} to come to rest, found a fault of an earlier call: {problems[0]}")
+        return not thread.is_alive()
+
+    def free(self, raw: Any) -> None:
+        """Free a workspace. ``destroy`` alone leaves its memory in a module's global of FlashInfer, and a control block behind."""
+        control = raw.metadata.get("control_flag_ptr")
+        # It is found by the identity of a list that destroy() lets go of: hence this order.
+        self.comm.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(raw.ipc_handles)
+        raw.destroy()
+        raw._internal_workspace = None
+        if control:
+            from flashinfer.comm.cuda_ipc import cudart  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+            cudart.cudaFree(ctypes.c_void_p(control))
+
+    def free_partial(self, exchange: Exchange) -> None:
+        """Free what a creation through `exchange` that failed has left in FlashInfer's global: it returned nothing to destroy."""
+        from flashinfer.comm import trtllm_ar  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        refs = trtllm_ar._symm_workspace_refs
+        for key in [k for k, handles in refs.items() if any(getattr(h, "comm_backend", None) is exchange for h in handles)]:
+            del refs[key]
