@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from commplane.api import Collective, QuantFormat, ReduceOp, add_rms_norm, quantize
@@ -90,11 +90,6 @@ def _compose_quant(norm_call: Call) -> Call:
     return all_reduce_rms_norm_quant
 
 
-def _one_of_each(routes: Iterable[Route]) -> Iterable[Route]:
-    """One route of each backend: what is bound is the same for all of them."""
-    return {r.backend: r for r in routes}.values()
-
-
 class DispatchTable(dict[Key, Call]):
     """(call, op, torch dtype) -> callable, filled from the plan when a key is first met.
 
@@ -124,21 +119,21 @@ class DispatchTable(dict[Key, Call]):
             raise refuse()
         kind = QuantFormat if collective is Collective.ALL_REDUCE_RMS_NORM_QUANT else ReduceOp
         variant = None if op is None else kind(op)
-        routes = self._plan.find(collective, variant, dtype_name, capturing=self._capturing)
-        bound = {r.backend: self._bind(r, dtype, in_place=in_place) for r in _one_of_each(routes)}
-        served = [(r, bound[r.backend]) for r in routes]
-        composed = self._plan.composed(collective, variant, dtype_name, capturing=self._capturing)
-        if composed and collective is Collective.ALL_REDUCE_RMS_NORM:
-            compose = _compose_norm_in_place if in_place else _compose_norm
-            made = {r.backend: compose(self._bind(r, dtype, in_place=in_place)) for r in _one_of_each(composed)}
-            served.extend((r, made[r.backend]) for r in composed)
-        elif composed:
-            by_size = _compose_quant(self["all_reduce_rms_norm", None, dtype])
-            served.extend((r, by_size) for r in composed)
-        served.sort(key=lambda pair: pair[0].low)
-        if not served:
+        routes = self._plan.serving(collective, variant, dtype_name, capturing=self._capturing)
+        if not routes:
             raise refuse()
-        self[key] = call = _by_size([r for r, _ in served], [c for _, c in served], refuse)
+        # One of each: which algorithm of a backend runs is decided inside of its call.
+        made = {r.candidate: self._made(r, dtype, in_place=in_place) for r in {r.candidate: r for r in routes}.values()}
+        self[key] = call = _by_size(routes, [made[r.candidate] for r in routes], refuse)
+        return call
+
+    def _made(self, route: Route, dtype: Any, *, in_place: bool) -> Call:
+        """What a route calls: a backend, or around its part what torch does."""
+        call = self._bind(route.of_part(), dtype, in_place=in_place)
+        if route.part is Collective.ALL_REDUCE:
+            call = _compose_norm_in_place(call) if in_place else _compose_norm(call)
+        if route.part is not None and route.collective is Collective.ALL_REDUCE_RMS_NORM_QUANT:
+            call = _compose_quant(call)
         return call
 
     def _bind(self, route: Route, dtype: Any, *, in_place: bool) -> Call:

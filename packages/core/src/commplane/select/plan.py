@@ -12,7 +12,8 @@ from typing import Any
 from commplane.api import BackendSpec, Capability, Collective, GroupKey, QuantFormat, ReduceOp, SizeRange, Variant
 from commplane.errors import UnsupportedOperation
 from commplane.select.offers import ANY_DTYPE, Offer, of_graphs
-from commplane.select.routes import Route, compile_routes, has_mean, has_norm, in_class, joined, serves, take
+from commplane.select.routes import Route, candidates, compile_routes, has_mean, has_norm, in_class, joined, serves
+from commplane.select.timings import Curve, Timings
 
 __all__ = ["Candidate", "Explanation", "Plan"]
 
@@ -54,6 +55,8 @@ class Explanation:
     algorithm: str = ""
     low: int = 0
     high: int | None = None
+    microseconds: float | None = None
+    """What `chosen` takes where that was measured."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -64,10 +67,12 @@ class Explanation:
             "algorithm": self.algorithm or None,
             "bytes": bytes_,
             "others": dict(self.others),
+            **({} if self.microseconds is None else {"microseconds": round(self.microseconds, 2)}),
         }
 
     def __str__(self) -> str:
         how = f" {self.algorithm}, {self.low} <= bytes < {self.high or 'inf'}" if self.algorithm else ""
+        how += f", {self.microseconds:.1f} us" if self.microseconds is not None else ""
         lines = [f"{self.question}: {self.chosen or 'nothing in the plan serves this'}{how}"]
         lines.extend(f"  not {name}: {reason}" for name, reason in self.others)
         return "\n".join(lines)
@@ -85,6 +90,7 @@ class Plan:
         numerics: the class that the setting admits.
         captured: the routes of calls that are made while a capture is open; None where they are the same.
         offers: what the backends answered when they were asked for their sizes.
+        timings: what candidates took where they were measured, which routes then follow; None without.
     """
 
     key: GroupKey
@@ -94,6 +100,7 @@ class Plan:
     numerics: str = "any"
     captured: tuple[Route, ...] | None = None
     offers: tuple[Offer, ...] = ()
+    timings: Timings | None = None
 
     @classmethod
     def of(
@@ -103,15 +110,31 @@ class Plan:
         specs: Sequence[BackendSpec],
         numerics: str = "any",
         offers: Sequence[Offer] = (),
+        timings: Timings | None = None,
     ) -> Plan:
         """The plan of backends that were built. Pure."""
-        routes = compile_routes(specs, numerics, offers)
+        routes = compile_routes(specs, numerics, offers, timings=timings)
         captured = None
         # A capture passes a group by in which nothing captures: its calls go the ordinary way.
-        if of_graphs(offers) and any(Capability.CAPTURE in s.capabilities for s in specs):
-            captured = compile_routes(specs, numerics, offers, capturing=True)
+        if (of_graphs(offers) or timings is not None) and any(Capability.CAPTURE in s.capabilities for s in specs):
+            captured = compile_routes(specs, numerics, offers, capturing=True, timings=timings)
         captured = None if captured == routes else captured
-        return cls(key, tuple(candidates), routes, tuple(specs), numerics, captured, tuple(offers))
+        return cls(key, tuple(candidates), routes, tuple(specs), numerics, captured, tuple(offers), timings)
+
+    def tuned(self, timings: Timings | None) -> Plan:
+        """The same backends, with routes that follow `timings`. Pure."""
+        return Plan.of(self.key, self.candidates, self.specs, self.numerics, self.offers, timings)
+
+    def ways(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> dict[str, list[Route]]:
+        """Every way to run a call by its label in `Timings`, in the order of preference, with the sizes that it covers."""
+        out: dict[str, list[Route]] = {}
+        for r in candidates(self.specs, collective, op, dtype, self.numerics, self.offers, capturing=capturing):
+            out.setdefault(r.candidate, []).append(r)
+        return {label: joined(sorted(routes, key=lambda r: r.low)) for label, routes in out.items()}
+
+    def only(self, routes: Sequence[Route]) -> Plan:
+        """These backends with these routes alone, to try one way out. Pure."""
+        return replace(self, routes=tuple(routes), captured=None)
 
     @cached_property
     def _ranges(self) -> dict[tuple[str, Collective, str, bool], tuple[SizeRange, ...]]:
@@ -128,8 +151,8 @@ class Plan:
         everything = [self.to_json(), [s.to_json() for s in self.specs], self.numerics, [o.to_json() for o in self.offers]]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
-    def find(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> list[Route]:
-        """The routes of one (collective, op, dtype), by size."""
+    def serving(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> list[Route]:
+        """The routes of one (collective, op, dtype), by size; those with a `part` are composed."""
         if collective.norms and not has_norm(dtype):
             return []
         wanted = (collective, op)
@@ -137,31 +160,16 @@ class Plan:
         exact = [r for r in routes if (r.collective, r.op) == wanted and r.dtype == dtype]
         return exact or [r for r in routes if (r.collective, r.op) == wanted and r.dtype == ANY_DTYPE]
 
+    def find(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> list[Route]:
+        """Those of `serving` where a backend has all of it."""
+        return [r for r in self.serving(collective, op, dtype, capturing=capturing) if r.part is None]
+
     def _routes(self, capturing: bool) -> tuple[Route, ...]:
         return self.captured if capturing and self.captured is not None else self.routes
 
     def composed(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> list[Route]:
-        """The sizes of `all_reduce_rms_norm`, or of it quantised, that no backend has whole and some backend has a part of.
-
-        Each as the route of that part, which is an all-reduce, or the norm not quantised; torch does the rest there.
-        """
-        if not (collective.norms and has_norm(dtype)):
-            return []
-        free: list[tuple[int, int | None]] = [(0, None)]
-        for r in self.find(collective, op, dtype, capturing=capturing):
-            free = take(free, r.low, r.high)[1]
-        routes: list[Route] = []
-        for r in self._parts(collective, dtype, capturing=capturing):
-            taken, free = take(free, r.low, r.high)
-            routes.extend(replace(r, low=low, high=high, algorithm="") for low, high in taken)
-        return joined(sorted(routes, key=lambda r: r.low))
-
-    def _parts(self, collective: Collective, dtype: str, *, capturing: bool) -> list[Route]:
-        """What a composed collective begins with, best first."""
-        if collective is Collective.ALL_REDUCE_RMS_NORM:
-            return self.find(Collective.ALL_REDUCE, ReduceOp.SUM, dtype, capturing=capturing)
-        norm = (Collective.ALL_REDUCE_RMS_NORM, None, dtype)
-        return [*self.find(*norm, capturing=capturing), *self.composed(*norm, capturing=capturing)]
+        """Those of `serving` where a backend has a part of it, each as the route of that part; torch does the rest there."""
+        return [r.of_part() for r in self.serving(collective, op, dtype, capturing=capturing) if r.part is not None]
 
     def explain(
         self,
@@ -184,26 +192,52 @@ class Plan:
         reduction = _variant(kind, op)
         if reduction is None and kind.variants != (None,):
             raise UnsupportedOperation(f"explain {kind} wants one of {', '.join(map(str, kind.variants))}, found {op!r}")
-        route = _serving(self.find(kind, reduction, name, capturing=graph), nbytes)
-        chosen = None if route is None else route.backend
-        composed = None if route is not None else _serving(self.composed(kind, reduction, name, capturing=graph), nbytes)
+        route = _serving(self.serving(kind, reduction, name, capturing=graph), nbytes)
+        curves = self._curves(kind, reduction, name, graph)
         specs = {s.name: s for s in self.specs}
         others = []
+        shown = set()
+        for label, ways in self.ways(kind, reduction, name, capturing=graph).items() if curves else ():
+            if label in curves and (route is None or label != route.candidate):
+                shown.add(label)
+                others.append((_named(ways[0]), self._slower(ways, curves[label], route, curves, nbytes)))
         for c in self.candidates:
-            if c.name == chosen:
+            if (route is not None and route.part is None and c.name == route.backend) or c.name in shown:
                 continue
             if not c.ready:
                 reason = f"{c.state}: {c.reason}"
-            elif chosen or composed:
-                reason = self._why_not(specs[c.name], kind, reduction, name, nbytes, graph) or f"{chosen} comes before it"
+            elif route is not None:
+                reason = self._why_not(specs[c.name], kind, reduction, name, nbytes, graph) or f"{route.how} comes before it"
             else:
                 reason = self._why_not_at_all(specs[c.name], kind, reduction, name, nbytes, graph)
             others.append((c.name, reason))
         parts = [str(reduction)] if reduction else []
         what = f"{kind}({', '.join([*parts, name, f'{nbytes} bytes'])}){' in a graph' if graph else ''} in {self.key}"
-        if route is not None:
-            return Explanation(what, chosen, tuple(others), route.algorithm, route.low, route.high)
-        return Explanation(what, None if composed is None else _composed_of(composed), tuple(others))
+        if route is None:
+            return Explanation(what, None, tuple(others))
+        curve = curves.get(route.candidate)
+        us = None if curve is None or not curve.points else curve.at(nbytes)
+        if route.part is None:
+            return Explanation(what, route.backend, tuple(others), route.algorithm, route.low, route.high, us)
+        return Explanation(what, route.how, tuple(others), microseconds=us)
+
+    def _curves(self, collective: Collective, op: Variant | None, dtype: str, graph: bool) -> Mapping[str, Curve]:
+        if self.timings is None:
+            return {}
+        return self.timings.of(collective, op, dtype, graph=graph and self.captured is not None)
+
+    def _slower(self, ways: Sequence[Route], curve: Curve, chosen: Route | None, curves: Mapping[str, Curve], nbytes: int) -> str:
+        """Why a measured way to run a call is not the chosen one."""
+        if curve.failed:
+            return f"failed when it was tuned: {curve.failed}"
+        if _serving(ways, nbytes) is None:
+            return f"does not serve {nbytes} bytes"
+        mine = f"{curve.at(nbytes):.1f} us at {nbytes} bytes"
+        best = None if chosen is None else curves.get(chosen.candidate)
+        if chosen is None or best is None or not best.points:
+            return mine
+        what = chosen.backend if chosen.part is None else f"the pair of {chosen.backend} and torch"
+        return f"{mine}, {what} takes {best.at(nbytes):.1f}"
 
     def unsupported(
         self,
@@ -231,20 +265,14 @@ class Plan:
     def _describe(self, collective: Collective, *, capturing: bool = False) -> list[str]:
         """One line for each backend, algorithm and range of sizes: what of `collective` runs there."""
         served: dict[tuple[str, int, int | None], tuple[set[str], set[str]]] = {}
-        routes = self._routes(capturing)
-        for r in routes:
-            if r.collective is collective:
-                ops, dtypes = served.setdefault((r.label, r.low, r.high), (set(), set()))
-                ops.add(str(r.op))
-                dtypes.add(r.dtype)
-        if collective is Collective.ALL_REDUCE_RMS_NORM_QUANT and not served:
+        routes = [r for r in self._routes(capturing) if r.collective is collective]
+        measured = self.timings is not None and self.timings.dtypes(collective)
+        if collective is Collective.ALL_REDUCE_RMS_NORM_QUANT and not measured and all(r.part is not None for r in routes):
             return []  # in every format what the norm is, and torch
-        for op in collective.variants if collective.norms else ():
-            for dtype in sorted({r.dtype for r in routes}):
-                for r in self.composed(collective, op, dtype, capturing=capturing):
-                    ops, dtypes = served.setdefault((_composed_of(r), r.low, r.high), (set(), set()))
-                    ops.add(str(op))
-                    dtypes.add(dtype)
+        for r in routes:
+            ops, dtypes = served.setdefault((r.label if r.part is None else r.how, r.low, r.high), (set(), set()))
+            ops.add(str(r.op))
+            dtypes.add(r.dtype)
         lines = []
         name = f"{collective} (graph)" if capturing else str(collective)
         for (label, low, high), (ops, dtypes) in sorted(served.items(), key=lambda item: item[0][1]):
@@ -301,6 +329,7 @@ class Plan:
             ],
             "routes": [r.to_json() for r in self.routes],
             "captured": None if self.captured is None else [r.to_json() for r in self.captured],
+            "timings": None if self.timings is None else self.timings.to_json(),
         }
 
     def __str__(self) -> str:
@@ -316,19 +345,16 @@ class Plan:
         return "\n".join(lines)
 
     def _of(self, collective: Collective, *, capturing: bool) -> list[Route]:
-        """What decides about `collective`: its routes, and those that it may be composed of."""
-        parts = {collective}
-        if collective.norms:
-            parts |= {Collective.ALL_REDUCE, Collective.ALL_REDUCE_RMS_NORM}
-        return [r for r in self._routes(capturing) if r.collective in parts]
+        return [r for r in self._routes(capturing) if r.collective is collective]
 
 
 def _serving(routes: Sequence[Route], nbytes: int) -> Route | None:
     return next((r for r in routes if r.serves(nbytes)), None)
 
 
-def _composed_of(part: Route) -> str:
-    return f"composed of {part.collective} by {part.backend} and torch"
+def _named(way: Route) -> str:
+    """How an explanation calls a way that is not taken."""
+    return way.how if way.part is not None or not way.collective.norms else f"{way.backend} (fused)"
 
 
 def _variant(collective: Collective, name: str | None) -> Variant | None:
