@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ("--pyargs", "commplane_conformance", "--commplane-device=cuda", "-q", "-p", "no:cacheprovider")
-MARKS = "mark.gpu", "needs_gpu()"
+MARKS = "mark.gpu", "needs_gpu()", "pytestmark = marks()"
 SKIPPED = "--no-sanitize", "--no-kit"
 
 
@@ -29,13 +29,23 @@ def parts(options: list[str], count: int) -> list[tuple[str, list[str], str]]:
     """What to run: its name, the command, and where."""
     # Only modules that have such tests: others may want what is not installed there.
     modules = sorted(ROOT.glob("packages/*/tests/**/test_*.py"))
-    tests = [str(path) for path in modules if any(mark in path.read_text(encoding="utf-8") for mark in MARKS)]
+    tests = [path for path in modules if any(mark in path.read_text(encoding="utf-8") for mark in MARKS)]
     rest = [option for option in options if option not in SKIPPED]
-    out = [("tests", [sys.executable, "-m", "pytest", "-m", "gpu", *tests, *rest], str(ROOT))]
+    out = []
+    for package in sorted({path.relative_to(ROOT).parts[1] for path in tests}):  # each has kept ranks and an MPS of its own
+        own = [str(path) for path in tests if path.relative_to(ROOT).parts[1] == package]
+        out.append((f"tests, {package}", [sys.executable, "-m", "pytest", "-m", "gpu", *own, *rest], str(ROOT)))
     if "--no-kit" not in options and count >= 2:
-        for name, package in (("torch", "core"), ("custom_ar", "comm-custom-ar")):
+        for name, package in (("torch", "core"), ("custom_ar", "comm-custom-ar"), ("flashinfer", "comm-flashinfer")):
             # From an empty folder, as the kit wants it.
-            command = [sys.executable, "-m", "pytest", *KIT, f"--commplane-backend={name}", f"--commplane-ranks={ranks(count)}"]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                *KIT,
+                f"--commplane-backend={name}",
+                f"--commplane-ranks={ranks(name, count)}",
+            ]
             expected = ROOT / "packages" / package / "conformance-expected-failures-cuda.txt"
             if expected.exists():
                 command.append(f"--commplane-expected-failures={expected}")
@@ -48,9 +58,9 @@ def parts(options: list[str], count: int) -> list[tuple[str, list[str], str]]:
     return out
 
 
-def ranks(count: int) -> str:
-    """Sizes of the kit's groups: one rank a GPU."""
-    return ",".join(str(n) for n in (2, 3, 4) if n <= count)
+def ranks(backend: str, count: int) -> str:
+    """Sizes of the kit's groups: one rank a GPU, and for flashinfer those that it has kernels for."""
+    return ",".join(str(n) for n in ((2, 4) if backend == "flashinfer" else (2, 3, 4)) if n <= count)
 
 
 def main(options: list[str]) -> int:
