@@ -81,7 +81,7 @@ class _Target:
         self.who = f"{context.who} {collective}"
         self.device = torch.device(context.device)
         on_gpu = self.device.type == "cuda"
-        self.capability = torch.cuda.get_device_capability(self.device) if on_gpu else (9, 0)
+        self.capability = _capability(self.device)
         self.dtype, self.world_size, self.most = dtype, context.world_size, built.max_elements
         whole = self.most * dtype.itemsize
         self.limit = one_shot_limit(options.get("algorithm", "auto"), whole, self.world_size, self.capability[0])
@@ -337,6 +337,11 @@ class _Target:
             return Quantized(form, values, scales), kept, total
 
         return all_reduce_rms_norm_quant
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU. On CPU there is none that could be too old; it is where the calls are tested."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (10, 0)
 
 
 def _current_stream() -> Callable[[int], int]:

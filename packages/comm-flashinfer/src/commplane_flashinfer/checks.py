@@ -14,8 +14,9 @@ __all__ = ["MOST_BYTES", "WORLD_SIZES", "capacity", "device", "dtype", "format_s
 WORLD_SIZES = (2, 4, 8, 16)
 """That the kernels are compiled for."""
 DTYPES = ("bfloat16", "float16", "float32")
-MOST_BYTES = 1 << 30
-"""Of world size x message: beyond, the kernels' 32-bit offsets go round. T x hidden stays below 2^31 with it."""
+MOST_BYTES = (1 << 30) - 1
+"""Of world size x message: twice of more is no positive number in 32 bits, which the kernels' third buffer begins at. With it
+T x hidden stays below 2^31 too."""
 
 _ACCESS = 16  # bytes that a thread reads at once
 _MOST_CLUSTER = 8
@@ -61,7 +62,7 @@ def capacity(tokens: int, hidden: int, itemsize: int, world_size: int, most: int
     elements = tokens * hidden
     whole = world_size * elements * itemsize
     if whole > MOST_BYTES:
-        each = MOST_BYTES // world_size
+        each = MOST_BYTES // world_size // 8 * 8
         return False, f"wanted at most {each} bytes with {world_size} ranks, found {elements * itemsize}: send it in parts"
     if elements > most:
         return True, (

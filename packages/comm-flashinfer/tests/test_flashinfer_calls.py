@@ -1,0 +1,399 @@
+"""The calls of a communicator, over an imitation of FlashInfer's kernels: what they ask for, and what comes out."""
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+import torch
+from flashinfer_kernels import Comm, FusionWorkspace, Group
+from torch import Tensor
+
+from commplane.api import (
+    Bootstrap,
+    BuildContext,
+    Collective,
+    Deadline,
+    Facts,
+    GroupKey,
+    QuantFormat,
+    Quantization,
+    ReduceOp,
+    add_rms_norm,
+    misquantized,
+    quantize,
+)
+from commplane.errors import UnsupportedOperation, WorkspaceTooSmall
+from commplane_flashinfer import calls
+from commplane_flashinfer.order import StreamOrder
+
+pytestmark = pytest.mark.timeout(60)
+
+QUANT, NORM, SUM = Collective.ALL_REDUCE_RMS_NORM_QUANT, Collective.ALL_REDUCE_RMS_NORM, Collective.ALL_REDUCE
+FORMATS = [
+    Quantization(QuantFormat.FP8_STATIC, torch.tensor([0.25])),
+    Quantization(QuantFormat.FP8_TOKEN),
+    Quantization(QuantFormat.FP8_GROUP),
+    Quantization(QuantFormat.FP8_GROUP, group=32),
+    Quantization(QuantFormat.NVFP4, torch.tensor(3.0)),
+]
+
+
+@dataclass(eq=False)
+class Built:
+    """A workspace as the calls see it."""
+
+    raw: Any
+    max_elements: int
+    order: StreamOrder | None = None
+
+
+@dataclass
+class Rank:
+    """One rank: its workspaces and its group."""
+
+    context: BuildContext
+    comm: Any
+    held: dict[bool, Built]
+
+    def get(self, dtype: torch.dtype) -> Built | None:
+        """The workspace of a dtype."""
+        return self.held.get(dtype == torch.float32)
+
+    def bind(self, collective: Collective, dtype: torch.dtype = torch.bfloat16, in_place: bool = False, op: Any = None) -> Any:
+        """What the dispatch table would hold."""
+        op = op or (ReduceOp.SUM if collective is SUM else None)
+        return calls.bind(self, self.context, collective, op, dtype, in_place=in_place)
+
+
+@dataclass
+class World:
+    """The ranks of a group of threads."""
+
+    size: int
+    most: int = 1 << 20
+    options: dict[str, Any] = field(default_factory=dict)
+    major: int = 10
+
+    def __post_init__(self) -> None:
+        key = GroupKey(tuple(range(10, 10 + self.size)), "cpu", "tp")
+        nothing = cast("Bootstrap", None)  # a call never speaks over the control plane
+        groups = {single: Group(self.size, self.major) for single in (False, True)}
+        self.ranks = [
+            Rank(
+                BuildContext(
+                    "flashinfer", key, r, "cpu", nothing, cast("Facts", None), cast("Deadline", None), 10.0, self.options
+                ),
+                Comm(),
+                {single: Built(FusionWorkspace(group, r, self.most, single), self.most) for single, group in groups.items()},
+            )
+            for r in range(self.size)
+        ]
+
+    def run(self, body: Callable[[Rank, int], Any]) -> list[Any]:
+        """`body` on every rank at once."""
+        found: dict[int, Any] = {}
+
+        def one(r: int) -> None:
+            try:
+                found[r] = body(self.ranks[r], r)
+            except Exception as error:
+                found[r] = error
+
+        threads = [threading.Thread(target=one, args=(r,), daemon=True) for r in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(40)
+        bad = [value for value in found.values() if isinstance(value, BaseException)]
+        if bad:
+            raise bad[0]
+        assert len(found) == self.size
+        return [found[r] for r in range(self.size)]
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def total_of(tensors: list[Tensor]) -> Tensor:
+    out = tensors[0].float()
+    for tensor in tensors[1:]:
+        out = out + tensor.float()
+    return out.to(tensors[0].dtype)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    step = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[found.dtype]
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=step, atol=1e-6)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Without another meaning than its bits; there are no NaNs and no -0.0 in a scale."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(3, 256), (4097,), (1,), (), (2, 3, 5), (40, 512)], ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_sum_of_any_shape_is_exact_and_bitwise_equal_on_all_ranks(
+    dtype: torch.dtype, shape: tuple[int, ...], in_place: bool
+) -> None:
+    world = World(4)
+    inputs = [numbers(shape, dtype, r) for r in range(4)]
+
+    def body(rank: Rank, r: int) -> Tensor:
+        mine = inputs[r].clone()
+        found = rank.bind(SUM, dtype, in_place)(mine)
+        assert (found is mine) is in_place
+        assert in_place or torch.equal(mine, inputs[r])
+        return cast("Tensor", found)
+
+    wanted = total_of(inputs)
+    for found in world.run(body):
+        assert found.shape == shape
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_sum_takes_tensors_that_are_strided_misaligned_or_want_a_gradient(in_place: bool) -> None:
+    world = World(2)
+    base = [numbers((64, 33), torch.float32, r) for r in range(2)]
+    views: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t.t(),
+        lambda t: t.reshape(-1)[1:257],
+        lambda t: t[:, ::2],
+        lambda t: t.clone().requires_grad_(not in_place),
+    ]
+    for view in views:
+        wanted = total_of([view(t).detach() for t in base])
+
+        def body(rank: Rank, r: int, view: Callable[[Tensor], Tensor] = view) -> Tensor:
+            found: Tensor = rank.bind(SUM, torch.float32, in_place)(view(base[r].clone()))
+            assert not found.requires_grad
+            return found
+
+        assert all(torch.equal(found, wanted) for found in world.run(body))
+
+
+@pytest.mark.parametrize("collective", [SUM, NORM, QUANT], ids=str)
+def test_a_call_with_no_elements_launches_nothing(collective: Collective) -> None:
+    world = World(2)
+    empty, weight = torch.empty((0, 128), dtype=torch.bfloat16), torch.ones(128, dtype=torch.bfloat16)
+    for how in FORMATS if collective is QUANT else [None]:
+        more = () if collective is SUM else (empty, weight, 1e-6, 0.0) if how is None else (empty, weight, 1e-6, 0.0, how, True)
+        found = world.ranks[0].bind(collective)(empty, *more)  # one rank alone: a launch would wait for the other
+        if how is not None:
+            assert misquantized(found[0], quantize(empty, how)) is None
+            found = found[1:]
+        for tensor in found if collective is not SUM else [found]:
+            assert tensor.shape == (0, 128)
+    assert not world.ranks[0].comm.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 256), (3, 256), (2, 9, 64), (5, 12), (4, 7), (64,)], ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_a_fused_norm_is_that_of_the_reference(
+    dtype: torch.dtype, shape: tuple[int, ...], in_place: bool, algorithm: str
+) -> None:
+    world = World(2, options={"algorithm": algorithm, "pdl": True})
+    inputs = [numbers(shape, dtype, r) for r in range(2)]
+    residual, weight = numbers(shape, dtype, 9), numbers(shape[-1:], dtype, 10)
+
+    def body(rank: Rank, r: int) -> tuple[Tensor, Tensor]:
+        mine, other = inputs[r].clone(), residual.clone()
+        norm, total = rank.bind(NORM, dtype, in_place)(mine, other, weight, 1e-5, 1.0)
+        assert (norm is mine and total is other) is in_place
+        assert in_place or (torch.equal(mine, inputs[r]) and torch.equal(other, residual))
+        return norm, total
+
+    wanted = add_rms_norm(total_of(inputs), residual, weight, 1e-5, 1.0)
+    found = world.run(body)
+    for norm, total in found:
+        assert torch.equal(total, wanted[1])
+        close(norm, wanted[0])
+        assert torch.equal(norm, found[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 256), (2, 3, 384), (130, 128)], ids=str)
+@pytest.mark.parametrize("keep_norm", [False, True])
+@pytest.mark.parametrize("how", FORMATS, ids=lambda h: h.label)
+def test_a_quantised_norm_is_that_of_the_reference_bit_by_bit(
+    dtype: torch.dtype, shape: tuple[int, ...], keep_norm: bool, how: Quantization
+) -> None:
+    if how.format is QuantFormat.NVFP4 and dtype is torch.float32:
+        return  # refused, see test_nvfp4_is_refused_where_the_kernels_write_zeros
+    world = World(2)
+    inputs = [numbers(shape, dtype, r) for r in range(2)]
+    residual, weight = numbers(shape, dtype, 9), numbers(shape[-1:], dtype, 10)
+    found = world.run(
+        lambda rank, r: (
+            *rank.bind(QUANT, dtype)(inputs[r], residual, weight, 1e-5, 0.0, how, keep_norm),
+            rank.bind(NORM, dtype)(inputs[r], residual, weight, 1e-5, 0.0)[0],
+        )
+    )
+    for quantised, norm, total, unquantised in found:
+        wanted = quantize(unquantised, how)
+        assert quantised.format is how.format
+        for a, b in ((quantised.values, wanted.values), (quantised.scales, wanted.scales)):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            assert torch.equal(bits(a), bits(b))
+        if how.format is QuantFormat.FP8_GROUP:
+            assert quantised.scales.stride() == wanted.scales.stride() == (1, math.ceil(math.prod(shape[:-1]) / 4) * 4)
+        assert torch.equal(total, add_rms_norm(total_of(inputs), residual, weight, 1e-5)[1])
+        assert (norm is not None) is keep_norm
+        assert norm is None or torch.equal(norm, unquantised)
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=lambda h: h.label)
+def test_rows_that_no_kernel_takes_are_summed_and_quantised_by_the_reference(how: Quantization) -> None:
+    hidden = how.group * 1031 if how.format is QuantFormat.FP8_GROUP else 16 * 4099  # too many threads for the blocks they make
+    world = World(2)
+    inputs = [numbers((1, hidden), torch.bfloat16, r) for r in range(2)]
+    residual, weight = inputs[0] * 0.5, torch.ones(hidden, dtype=torch.bfloat16)
+    wanted = quantize(add_rms_norm(total_of(inputs), residual, weight, 1e-5)[0], how)
+    for quantised, norm, _ in world.run(lambda rank, r: rank.bind(QUANT)(inputs[r], residual, weight, 1e-5, 0.0, how, False)):
+        assert norm is None
+        assert misquantized(quantised, wanted) is None
+    assert [call["pattern"] for call in world.ranks[0].comm.calls] == [0]
+
+
+def test_every_call_says_its_algorithm_and_gives_all_outputs() -> None:
+    world = World(2, options={"pdl": False})
+    inputs = [numbers((8, 256), torch.bfloat16, r) for r in range(2)]
+    weight = torch.ones(256, dtype=torch.bfloat16)
+
+    def body(rank: Rank, r: int) -> None:
+        rank.bind(SUM)(inputs[r])
+        rank.bind(NORM)(inputs[r], inputs[0], weight, 1e-5, 0.5)
+        for how in FORMATS:
+            for keep in (False, True):
+                rank.bind(QUANT)(inputs[r], inputs[0], weight, 1e-5, 0.5, how, keep)
+
+    world.run(body)
+    made = world.ranks[1].comm.calls
+    assert [call["pattern"] for call in made] == [0, 1, 2, 4, 10, 11, 8, 9, 8, 9, 3, 5]
+    for call in made:
+        assert call["use_oneshot"] in (True, False)
+        assert call["trigger_completion_at_end"] is True
+        assert call["fp32_acc"] is True
+        assert call["launch_with_pdl"] is False
+        assert "allocated" not in call
+        assert call["scale_factor"] is None or isinstance(call["scale_factor"], Tensor)
+        assert call["pattern"] == 0 or (call["weight_bias"] == 0.5 and call["rms_eps"] == 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "tokens", "wanted"),
+    [("one_shot", 9, True), ("two_shot", 9, False), ("two_shot", 4, True), ("auto", 9, True), ("auto", 4097, False)],
+)
+def test_a_two_shot_is_only_made_of_more_tokens_than_ranks(algorithm: str, tokens: int, wanted: bool) -> None:
+    world = World(4, most=1 << 22, options={"algorithm": algorithm})
+    value, weight = torch.ones((tokens, 512), dtype=torch.bfloat16), torch.ones(512, dtype=torch.bfloat16)
+    world.run(lambda rank, r: rank.bind(NORM)(value, value, weight, 1e-5, 0.0))
+    assert world.ranks[0].comm.calls[0]["use_oneshot"] is wanted
+
+
+def test_results_in_place_go_where_the_tensors_show_them() -> None:
+    world = World(2)
+    base = [numbers((256, 6), torch.float32, r) for r in range(2)]
+    other, weight = numbers((256, 6), torch.float32, 5), torch.ones(256)[::1]
+
+    def body(rank: Rank, r: int) -> tuple[Tensor, Tensor]:
+        mine, residual = base[r].clone(), other.clone()
+        found = rank.bind(NORM, torch.float32, in_place=True)(mine.t(), residual.t(), weight, 1e-5, 0.0)
+        assert torch.equal(mine.t(), found[0]) and torch.equal(residual.t(), found[1])
+        return found
+
+    wanted = add_rms_norm(total_of([t.t() for t in base]), other.t(), weight, 1e-5)
+    for norm, total in world.run(body):
+        close(norm, wanted[0])
+        assert torch.equal(total, wanted[1])
+
+
+def refused(error: type[Exception], text: str, call: Callable[[], object]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert text in str(caught.value), caught.value
+    assert str(caught.value).startswith("[tp rank 0/")
+
+
+def test_a_message_that_the_workspace_cannot_hold_is_refused_before_anything_is_sent() -> None:
+    rank = World(2, most=4096).ranks[0]
+    value = torch.zeros((3, 2048), dtype=torch.bfloat16)
+    text = "the workspace has room for 4096: call prepare() with max_bytes of 12288 or more"
+    refused(WorkspaceTooSmall, text, lambda: rank.bind(SUM)(value))
+    weight = torch.ones(2048, dtype=torch.bfloat16)
+    refused(WorkspaceTooSmall, text, lambda: rank.bind(NORM)(value, value, weight, 1e-5, 0.0))
+    refused(WorkspaceTooSmall, text, lambda: rank.bind(QUANT)(value, value, weight, 1e-5, 0.0, FORMATS[1], False))
+    assert not rank.comm.calls
+
+
+def test_without_a_workspace_a_call_asks_for_prepare() -> None:
+    rank = World(2).ranks[0]
+    rank.held.clear()
+    call = rank.bind(SUM)
+    refused(WorkspaceTooSmall, "wanted a workspace for bfloat16, found none: call prepare()", lambda: call(torch.zeros(8)))
+
+
+def test_nvfp4_is_refused_where_the_kernels_write_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = World(2).ranks[0]
+    value, weight = torch.zeros((1, 64)), torch.ones(64)
+    call = rank.bind(QUANT, torch.float32)
+    refused(
+        UnsupportedOperation,
+        "wanted a dtype of 16 bits for nvfp4, found float32",
+        lambda: call(value, value, weight, 1e-5, 0.0, FORMATS[-1], False),
+    )
+    monkeypatch.setattr(calls, "_capability", lambda device: (9, 0))
+    half = value.bfloat16()
+    call = rank.bind(QUANT)
+    refused(
+        UnsupportedOperation,
+        "wanted a GPU of compute capability 10.0 or more for nvfp4, found 9.0",
+        lambda: call(half, half, weight.bfloat16(), 1e-5, 0.0, FORMATS[-1], False),
+    )
+    assert not rank.comm.calls
+
+
+def test_ops_dtypes_and_groups_that_the_kernels_do_not_have_are_refused() -> None:
+    rank = World(2).ranks[0]
+    refused(UnsupportedOperation, "wanted the op sum, found max", lambda: rank.bind(SUM, op=ReduceOp.MAX))
+    refused(UnsupportedOperation, "wanted one of bfloat16, float16, float32, found int8", lambda: rank.bind(SUM, torch.int8))
+    refused(UnsupportedOperation, "in place is not served", lambda: rank.bind(QUANT, in_place=True))
+    three = World(3).ranks[0]
+    refused(UnsupportedOperation, "wanted a group of 2, 4, 8, 16 ranks, found 3", lambda: three.bind(SUM))
+
+
+def test_a_tensor_of_another_device_is_refused_by_name() -> None:
+    rank = World(2).ranks[0]
+    here, there = torch.zeros((1, 64), dtype=torch.bfloat16), torch.zeros((64, 2), dtype=torch.bfloat16, device="meta").t()
+    text = "wanted a {} on cpu, found one on meta: move it"
+    # Devices are compared by number, and neither of these has one: the strides bring it to where the reason is found.
+    refused(UnsupportedOperation, text.format("tensor"), lambda: rank.bind(SUM)(there))
+    refused(UnsupportedOperation, text.format("residual"), lambda: rank.bind(NORM)(here, there, here[0], 1e-5, 0.0))
+    refused(UnsupportedOperation, text.format("weight"), lambda: rank.bind(NORM)(here, here, there.t()[:, 0], 1e-5, 0.0))
+
+
+def test_a_tensor_that_cannot_be_written_is_refused_before_anything_is_sent() -> None:
+    rank = World(2).ranks[0]
+    wide, row = torch.zeros((4, 64), dtype=torch.bfloat16), torch.zeros((1, 64), dtype=torch.bfloat16)
+    text = "wanted a tensor that can be written in place"
+    refused(UnsupportedOperation, text, lambda: rank.bind(SUM, in_place=True)(row.expand(4, 64)))
+    refused(UnsupportedOperation, text, lambda: rank.bind(NORM, in_place=True)(wide, row.expand(4, 64), row[0], 1e-5, 0.0))
+    assert not rank.comm.calls
+
+
+def test_shapes_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_MOST_PLANS", 3)
+    made = []
+    plans = calls._Plans(lambda shape: made.append(shape) or calls._Plan(1, 1, True))
+    for n in (1, 2, 3, 1, 4, 1):
+        assert plans[torch.Size([n])].tokens == 1
+        assert len(plans) <= 3
+    assert [list(shape) for shape in made] == [[1], [2], [3], [4], [1]]
