@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from commplane.agree import StoreBootstrap, abort_backend, close_backend, on_device, on_device_if_possible
+from commplane.agree import CaptureGuard, StoreBootstrap, abort_backend, close_backend, on_device, on_device_if_possible
 from commplane.api import Capability, CommBackend, GroupKey, refuse_overlap
 from commplane.errors import AgreementError, CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
 from commplane.flight import GroupFlight
 from commplane.handles import register
 from commplane.notice import notice
 from commplane.plugins import PluginHost
-from commplane.runtime.capture import agree_on_capture
-from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable
+from commplane.runtime.capture import agree_on_capture, capture_all
+from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable, tables
 from commplane.runtime.joint import JointSteps
 from commplane.runtime.memory import GroupMemory
 from commplane.runtime.norm import fits, misfit, quantizes
-from commplane.select import Plan
+from commplane.runtime.tune import Tuner, subject_of
+from commplane.select import Plan, Timings
 from commplane.tracer import without_data
 
 if TYPE_CHECKING:
@@ -79,11 +81,8 @@ class Communicator:
         self._flight = flight
         self._on_fault = on_fault
         self._on_close = on_close
-        bindable = flight.bindable()
-        self._live = DispatchTable(self.who, plan, bindable)
-        self._in_captures = self._live
-        if plan.captured is not None:
-            self._in_captures = DispatchTable(self.who, plan, bindable, capturing=True)
+        self._bindable = flight.bindable()
+        self._live, self._in_captures = tables(self.who, plan, self._bindable)
         self._table: dict[Any, Callable[..., Any]] = self._live
         self._fault: Exception | None = None
         self._closed = False
@@ -306,6 +305,69 @@ class Communicator:
         finally:
             self._live.clear()  # backends are bound anew, to what they have now
             self._in_captures.clear()
+
+    def tune(
+        self,
+        collective: str = "all_reduce_rms_norm",
+        *,
+        dtype: torch.dtype | str = "bfloat16",
+        max_bytes: int = 1 << 25,
+        sizes: Sequence[int] | None = None,
+        hidden: int = 4096,
+        op: str | None = None,
+        graph: bool | None = None,
+        budget_s: float = 60.0,
+    ) -> None:
+        """Measure every way to run a call at each size, and from now on take the fastest. Collective, outside of a capture.
+
+        Each way is verified before it is timed; one that gives a wrong result does not run this call again, on any rank. The
+        plan is another one afterwards: `plan.timings` has what was measured, equal on every rank.
+
+        Args:
+            collective: ``all_reduce``, ``all_reduce_rms_norm`` or ``all_reduce_rms_norm_quant``.
+            dtype: of the tensor.
+            max_bytes: the largest tensor; measured are powers of two from 8 KiB.
+            sizes: the sizes instead, in bytes.
+            hidden: last dimension of the tensor of a norm.
+            op: the reduction, or the format; if unset, sum or fp8_static.
+            graph: whether to time CUDA graphs; if unset, on cuda.
+            budget_s: seconds after which no further size is begun.
+
+        Raises:
+            UnsupportedOperation: the call is none that can be tuned, or no backend serves it.
+            MismatchError: the ranks called with different arguments.
+            CaptureError: a capture is open.
+            CommunicatorError: a way failed on some ranks only; the communicator is poisoned.
+        """
+        self.check_usable("tune")
+        subject = subject_of(self.who, self.device, collective, dtype, max_bytes, sizes, hidden, op, graph)
+        self._joint.compare("tune", {**subject.to_json(), "budget_s": budget_s}, self.poison)
+        ways = self.plan.ways(subject.collective, subject.variant, subject.dtype, capturing=subject.graph and self.captures)
+        if not ways:
+            raise self.plan.unsupported(self.who, subject.collective, op, subject.dtype)
+        for part in sorted({subject.collective, *(r.part for routes in ways.values() for r in routes if r.part is not None)}):
+            self.prepare(part, dtype=subject.dtype, max_bytes=subject.sizes[-1])
+        tuner = Tuner(
+            subject,
+            ways,
+            self.device,
+            self._bootstrap,
+            lambda routes: DispatchTable(self.who, self.plan.only(routes), self._bindable),
+            lambda: capture_all(CaptureGuard(), [self]) if self.captures else nullcontext(),
+            2 * self._startup_timeout,
+            lambda: self.check_usable("tune"),
+        )
+        try:
+            curves = tuner.run(budget_s)
+        except Exception as error:
+            self.poison(error)
+            raise
+        plan = self.plan.tuned((self.plan.timings or Timings()).merged(curves))
+        self._joint.compare("tune, the plan", {"digest": plan.digest}, self.poison)
+        self.plan = plan
+        self._memory.follow(plan)
+        self._live, self._in_captures = tables(self.who, plan, self._bindable)
+        self._table = self._live
 
     def empty(self, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory: reduced without a staging copy. Collective.

@@ -11,7 +11,7 @@ from commplane.errors import CommplaneError
 from commplane.flight import Bindable
 from commplane.select import Plan, Route
 
-__all__ = ["Call", "DeadTable", "DispatchTable", "RecordingTable"]
+__all__ = ["Call", "DeadTable", "DispatchTable", "RecordingTable", "tables"]
 
 Call = Callable[..., Any]
 Key = tuple[str, Any, Any]
@@ -139,6 +139,12 @@ class DispatchTable(dict[Key, Call]):
     def _bind(self, route: Route, dtype: Any, *, in_place: bool) -> Call:
         op = None if isinstance(route.op, QuantFormat) else route.op  # a format is an argument of the call
         return self._backends[route.backend].bind(route.collective, op, dtype, in_place=in_place)
+
+
+def tables(who: str, plan: Plan, backends: Mapping[str, Bindable]) -> tuple[DispatchTable, DispatchTable]:
+    """The tables for calls outside of captures and inside, which are one where the plan knows no difference."""
+    live = DispatchTable(who, plan, backends)
+    return live, live if plan.captured is None else DispatchTable(who, plan, backends, capturing=True)
 
 
 def _beside_the_tensor(name: str, args: tuple[Any, ...]) -> str:

@@ -40,6 +40,10 @@ class GroupMemory:
         self._joint = joint
         self._workspaces: list[Workspace] = []
 
+    def follow(self, plan: Plan) -> None:
+        """Prepare for the routes of `plan` from now on. Local."""
+        self._plan = plan
+
     def _with_parts(self, need: Requirement) -> list[Requirement]:
         """`need`, and of what it is composed of at some size: a part then needs what it needs by itself. Local."""
         largest: dict[Collective, int] = {}
