@@ -60,17 +60,27 @@ class Workspaces(Protocol):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one shape needs: tokens and hidden as the kernels see them, which algorithm, and how much of it is padding."""
+    """What one shape needs.
+
+    Attributes:
+        tokens: as the kernels see it; 0 where there is nothing to launch.
+        hidden: the same.
+        one_shot: which algorithm.
+        reshaped: whether a tensor has to be viewed as tokens x hidden, which costs as much as all else here.
+        padded: whether it is larger than the message.
+        fused: whether there is a launch for a row.
+    """
 
     tokens: int
     hidden: int
     one_shot: bool
+    reshaped: bool = True
     padded: bool = False
     fused: bool = True
 
-    @property
-    def rows(self) -> tuple[int, int]:
-        return self.tokens, self.hidden
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A dense tensor as tokens x hidden."""
+        return tensor.view(self.tokens, self.hidden) if self.reshaped else tensor
 
 
 class _Target:
@@ -131,7 +141,7 @@ class _Target:
             return _Plan(0, 0, True)
         tokens, hidden, one_shot = plan_shape(count, self.world_size, count * self.dtype.itemsize <= self.limit)
         self.check_room(tokens, hidden)
-        return _Plan(tokens, hidden, one_shot, padded=tokens * hidden != count)
+        return _Plan(tokens, hidden, one_shot, shape != (tokens, hidden), padded=tokens * hidden != count)
 
     def sum_into(self) -> Callable[[Tensor, Tensor], None]:
         """Sum a dense tensor into another one, which may be itself."""
@@ -142,12 +152,12 @@ class _Target:
             if not plan.tokens:
                 return
             enter()
-            rows = plan.rows
             if not plan.padded:
-                run(dense.view(rows), output=out.view(rows), use_oneshot=plan.one_shot)
+                rows = plan.rows
+                run(rows(dense), output=rows(out), use_oneshot=plan.one_shot)
                 return
             count = dense.numel()
-            whole = torch.empty(rows, dtype=dense.dtype, device=dense.device)
+            whole = torch.empty((plan.tokens, plan.hidden), dtype=dense.dtype, device=dense.device)
             flat = whole.view(-1)
             flat[:count].copy_(dense.detach().view(-1))
             flat[count:].zero_()
@@ -196,7 +206,7 @@ class _Target:
         if checks.launchable(hidden, self.dtype.itemsize, group) is not None:
             return _Plan(tokens, hidden, True, fused=False)
         one_shot = count * self.dtype.itemsize <= self.limit or checks.two_shot(tokens, self.world_size) is not None
-        return _Plan(tokens, hidden, one_shot)
+        return _Plan(tokens, hidden, one_shot, len(shape) != 2)
 
     def all_reduce_rms_norm(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """The norm and the new residual, as new tensors."""
@@ -250,13 +260,13 @@ class _Target:
             weight = dense_of(weight, "weight")
             enter()
             rows = plan.rows
-            to = norm.view(rows)
+            to = rows(norm)
             run(
-                tensor.view(rows),
+                rows(tensor),
                 output=to,  # not written; else FlashInfer allocates one
                 norm_out=to,
-                residual_in=residual.view(rows),
-                residual_out=total.view(rows),
+                residual_in=rows(residual),
+                residual_out=rows(total),
                 rms_gamma=weight,
                 rms_eps=eps,
                 weight_bias=weight_bias,
@@ -313,21 +323,21 @@ class _Target:
             weight = dense_of(weight, "weight")
             values, scales, scale_out = _outputs(how, shape, plan.tokens, device)
             total, rows = empty_like(tensor), plan.rows
-            written = total.view(rows)
+            written = rows(total)
             kept = empty_like(tensor) if keep_norm else None
             pattern = QUANTISED[form]
             enter()
             run(
-                tensor.view(rows),
+                rows(tensor),
                 pattern=pattern.with_norm if keep_norm else pattern.alone,
                 output=written,  # not written; else FlashInfer allocates one
-                norm_out=kept if kept is None else kept.view(rows),
-                quant_out=values.view(plan.tokens, -1),
+                norm_out=kept if kept is None else rows(kept),
+                quant_out=values.view(plan.tokens, -1) if plan.reshaped else values,
                 scale_out=scale_out,
                 scale_factor=how.scale,
                 layout_code=SWIZZLED_128X4,
                 block_quant_group_size=group or None,
-                residual_in=residual.view(rows),
+                residual_in=rows(residual),
                 residual_out=written,
                 rms_gamma=weight,
                 rms_eps=eps,
