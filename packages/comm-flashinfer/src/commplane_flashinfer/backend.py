@@ -66,8 +66,7 @@ class FlashInfer(CommBackend):
         self._card = card
         self._workspaces = Workspaces(context, boundary, self._settings.hidden)
         for single, elements in enumerate(self._settings.at_open):
-            if elements:
-                self._workspaces.take(bool(single), self._workspaces.build(bool(single), elements))
+            self._workspaces.take(bool(single), self._workspaces.build(bool(single), elements))
 
     def _arrive(self, context: BuildContext) -> tuple[Boundary | None, Card | None, str | None]:
         """FlashInfer, imported and with its kernels loaded, and this rank's card; or why not. Local."""
@@ -126,8 +125,7 @@ class FlashInfer(CommBackend):
     def ranges(self, collective: Collective, dtype: str, capturing: bool = False) -> list[SizeRange]:
         """Up to the largest message of the settings. Local; from settings, so equal on all ranks."""
         single = dtype == "float32"
-        most = self._settings.most[single] * itemsize(single)
-        return [SizeRange(0, most + 1)] if most else []
+        return [SizeRange(0, self._settings.most[single] * itemsize(single) + 1)]
 
     def formats(self) -> Collection[str]:
         """nvfp4 wants compute capability 10 or more: below, its kernels write zeros and no scales. Local."""

@@ -43,7 +43,8 @@ class Boundary:
         )
 
         found = torch.cuda.get_device_properties(torch.device(device))
-        return Card(f"GPU-{found.uuid}", found.name, (found.major, found.minor), bool(is_confidential_compute()))
+        # As NVML writes it; torch leaves the prefix out.
+        return Card(f"GPU-{str(found.uuid).removeprefix('GPU-')}", found.name, (found.major, found.minor), bool(is_confidential_compute()))
 
     def linked(self, uuid: str, others: Sequence[str]) -> list[str]:
         """Those of `others` that the card `uuid` has NVLink to."""
@@ -82,7 +83,7 @@ class Boundary:
         return not thread.is_alive()
 
     def free(self, raw: Any) -> None:
-        """Free a workspace. ``destroy`` alone leaves its memory in a module's global of FlashInfer, and a control block behind."""
+        """Free a workspace. FlashInfer's ``destroy`` alone leaves its memory in a global of a module, and a control block."""
         control = raw.metadata.get("control_flag_ptr")
         # It is found by the identity of a list that destroy() lets go of: hence this order.
         self.comm.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(raw.ipc_handles)
@@ -95,8 +96,12 @@ class Boundary:
 
     def free_partial(self, exchange: Exchange) -> None:
         """Free what a creation through `exchange` that failed has left in FlashInfer's global: it returned nothing to destroy."""
-        from flashinfer.comm import trtllm_ar  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-        refs = trtllm_ar._symm_workspace_refs
+        refs = self.references()
         for key in [k for k, handles in refs.items() if any(getattr(h, "comm_backend", None) is exchange for h in handles)]:
             del refs[key]
+
+    def references(self) -> dict[int, list[Any]]:
+        """FlashInfer's global of workspaces: what is in there stays allocated."""
+        from flashinfer.comm import trtllm_ar  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        return trtllm_ar._symm_workspace_refs  # type: ignore[no-any-return,unused-ignore]

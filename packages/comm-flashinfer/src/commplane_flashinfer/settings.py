@@ -19,7 +19,7 @@ DEFAULTS: dict[str, bool | int | float | str] = {
     # Instead of max_bytes: the most tokens of a step, and the largest hidden size of all models that use the group.
     "max_tokens": 0,
     "hidden": 0,
-    # Largest message of float32 in bytes, which has a workspace of its own; 0 for none.
+    # Largest message of float32 in bytes, which has a workspace of its own.
     "float32_max_bytes": 1 << 20,
     # What the workspaces hold when the backend opens, in bytes of a message; 0 for all of the above. Where it is less, a larger
     # message is an error until prepare has been called for it.
@@ -40,7 +40,7 @@ class Settings:
     """What the settings come to.
 
     Attributes:
-        most: elements of the largest message of the 16-bit types, and of float32 (``most[True]``); 0 for none.
+        most: elements of the largest message of the 16-bit types, and of float32 (``most[True]``).
         at_open: elements that the workspaces hold when the backend opens.
         hidden: the hidden size that was declared; 0 where none was.
         any_topology: whether GPUs without NVLink will do.
@@ -70,7 +70,7 @@ class Settings:
             )
         if options["algorithm"] not in ("auto", "one_shot", "two_shot"):
             raise wrong("algorithm", "auto, one_shot or two_shot")
-        for name in ("max_tokens", "hidden", "float32_max_bytes", "open_bytes"):
+        for name in ("max_tokens", "hidden", "open_bytes"):
             if options[name] < 0:
                 raise wrong(name, "0 or more")
         tokens, hidden = options["max_tokens"], options["hidden"]
@@ -79,8 +79,8 @@ class Settings:
             raise wrong(name, "more than 0", f": {'max_tokens' if tokens else 'hidden'} is set, and they are a product")
         if not tokens and options["max_bytes"] < 4096:
             raise wrong("max_bytes", "4096 or more")
-        if 0 < options["float32_max_bytes"] < 4096:
-            raise wrong("float32_max_bytes", "0 for none, or 4096 and more")
+        if options["float32_max_bytes"] < 4096:
+            raise wrong("float32_max_bytes", "4096 or more")
         if 0 < options["open_bytes"] < 4096:
             raise wrong("open_bytes", "0 for all, or 4096 and more: the backend is tried before it is used")
         wanted = (tokens * hidden or options["max_bytes"] // 2, options["float32_max_bytes"] // 4)
@@ -96,7 +96,7 @@ class Settings:
                     f"messages of at most {limit * itemsize} bytes among {world_size} ranks",
                     f" ({elements * itemsize} bytes): the kernels count offsets in 32 bits",
                 )
-        needed = sum(capacity.physical(world_size, n, size) for n, size in zip(most, (2, 4), strict=True) if n)
+        needed = sum(capacity.physical(world_size, n, size) for n, size in zip(most, (2, 4), strict=True))
         if needed > options["max_workspace_bytes"]:
             raise wrong(
                 "max_workspace_bytes",

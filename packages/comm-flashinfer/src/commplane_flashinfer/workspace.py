@@ -168,8 +168,8 @@ class Workspaces:
         """Free everything after what runs on the device. Local, idempotent, waits no longer than the deadline of a call.
 
         Raises:
-            CommunicatorError: kernels still run at the deadline, because they wait for a rank that is lost; nothing is freed then:
-                the device may still write there.
+            CommunicatorError: kernels still run at the deadline, because they wait for a lost rank; nothing is freed then, the
+                device may still write there.
         """
         held = [*self._held.values(), *self._replaced]
         self._held, self._replaced = {}, []

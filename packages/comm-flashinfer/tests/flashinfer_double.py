@@ -1,0 +1,253 @@
+"""FlashInfer's entry points and the device, replaced at the boundary: it records, counts, and fails where a test says.
+
+The ranks are threads of one process. Memory is counted as on a device: a buffer is there as long as something refers to it, and
+the module's global refers to it as FlashInfer's does, so only a complete free brings the count back.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from flashinfer_kernels import Comm, FusionWorkspace, Group
+
+from commplane.api import (
+    BackendSpec,
+    BuildContext,
+    CommBackend,
+    Facts,
+    ProbeRequest,
+    Unusable,
+    Usable,
+    Verdict,
+    hookimpl,
+)
+from commplane.plugins import PluginHost
+from commplane.runtime import Communicator, Plane
+from commplane.testing import run_threads
+from commplane_flashinfer import capacity, plugin
+from commplane_flashinfer.backend import FlashInfer
+from commplane_flashinfer.boundary import Boundary
+from commplane_flashinfer.probe import missing_module
+from commplane_flashinfer.topology import Card
+
+__all__ = ["Machine", "flashinfer_of", "probe", "ranks_on"]
+
+ABSENT: set[int] = set()
+"""Global ranks on which flashinfer is not installed."""
+
+
+class _Buffer:
+    """Device memory of one rank, with the exchange that it was made through, as FlashInfer's has it."""
+
+    def __init__(self, machine: Machine, rank: int, nbytes: int, comm_backend: Any) -> None:
+        machine.give(rank, nbytes)
+        self.comm_backend = comm_backend
+        weakref.finalize(self, machine.take_back, rank, nbytes)
+
+
+class _Raw(FusionWorkspace):
+    """FlashInfer's workspace: `destroy` lets go of what it shows, and of nothing else."""
+
+    backend = "trtllm"
+
+    def destroy(self) -> None:
+        del self.ipc_handles, self.mem_handles, self.metadata
+
+
+class DoubleComm(Comm):
+    """The module `flashinfer.comm` on one rank."""
+
+    def __init__(self, machine: Machine, rank: int) -> None:
+        super().__init__()
+        self._machine = machine
+        self._rank = rank
+        self.references: dict[int, list[Any]] = {}
+
+    def create_allreduce_fusion_workspace(
+        self,
+        backend: str = "auto",
+        world_size: int | None = None,
+        rank: int | None = None,
+        max_token_num: int | None = None,
+        hidden_dim: int | None = None,
+        dtype: Any = None,
+        comm_backend: Any = None,
+    ) -> Any:
+        """Three buffers with an allgather each, then a barrier, as FlashInfer's."""
+        assert backend == "trtllm", f"the backend {backend} uses NVLink multicast"
+        assert (comm_backend.Get_rank(), comm_backend.Get_size()) == (rank, world_size)
+        assert rank is not None and world_size is not None and max_token_num is not None and hidden_dim is not None
+        most = max_token_num * hidden_dim
+        self._machine.log.append((self._rank, "create", rank, world_size, most, str(dtype)))
+        token = comm_backend.bcast(uuid.uuid4().hex if rank == 0 else None, 0)
+        buffers = []
+        for nbytes in capacity.allocations(world_size, most, dtype.itemsize):
+            buffers.append(_Buffer(self._machine, self._rank, nbytes, comm_backend))
+            ranks = comm_backend.allgather(rank)
+            assert ranks == tuple(range(world_size)), f"handles of ranks {ranks}"
+        handles = [[id(b)] for b in buffers]
+        self.references[id(handles)] = buffers
+        if self._rank in self._machine.breaks_late:
+            raise RuntimeError("the lamport buffer could not be set")
+        comm_backend.barrier()
+        raw = _Raw(self._machine.group(token, world_size), rank, most, str(dtype) == "torch.float32")
+        raw.ipc_handles, raw.mem_handles, raw.metadata = handles, buffers, {"tp_rank": rank}
+        raw._internal_workspace = (handles, buffers)
+        return raw
+
+    def trtllm_destroy_ipc_workspace_for_all_reduce_fusion(self, workspace: list[Any]) -> None:
+        """Take it out of the global."""
+        self._machine.log.append((self._rank, "destroy"))
+        del self.references[id(workspace)]
+
+
+class DoubleBoundary(Boundary):
+    """The device of one rank."""
+
+    def __init__(self, machine: Machine, rank: int) -> None:
+        self._machine = machine
+        self._rank = rank
+        self.comm = machine.comm(rank)
+
+    def load(self) -> None:
+        if self._rank in self._machine.unloadable:
+            raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    def card(self, device: str) -> Card:
+        return self._machine.cards.get(self._rank, Card(f"GPU-{self._rank}", "H200", (9, 0), False))
+
+    def linked(self, uuid: str, others: Sequence[str]) -> list[str]:
+        return [] if self._machine.no_nvlink else [o for o in others if o != uuid]
+
+    def capturing(self) -> bool:
+        return self._rank in self._machine.capturing
+
+    def spare(self, device: str, sizes: Sequence[int]) -> str | None:
+        room = self._machine.limit.get(self._rank, 1 << 62) - self._machine.allocated(self._rank)
+        found = sum(-(-n // (2 << 20)) * (2 << 20) for n in sizes) > room and self._rank not in self._machine.preflight_misses
+        return f"wanted {sum(sizes)} bytes, it is out of memory after {room}" if found else None
+
+    def settle(self, device: str, seconds: float) -> bool:
+        return self._rank not in self._machine.stuck
+
+    def references(self) -> dict[int, list[Any]]:
+        return self.comm.references  # type: ignore[no-any-return]
+
+
+class Machine:
+    """What all ranks of a test share.
+
+    Attributes:
+        log: what was called, as (global rank, what, ...).
+        limit: bytes of device memory by global rank.
+        preflight_misses, breaks_late, unloadable, capturing, stuck: global ranks on which that is so.
+        cards: other cards than H200, by global rank.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.limit: dict[int, int] = {}
+        self.preflight_misses: set[int] = set()
+        self.breaks_late: set[int] = set()
+        self.unloadable: set[int] = set()
+        self.capturing: set[int] = set()
+        self.stuck: set[int] = set()
+        self.cards: dict[int, Card] = {}
+        self.no_nvlink = False
+        self._lock = threading.RLock()  # a buffer may go in the middle of anything
+        self._buffers: dict[int, list[int]] = {}
+        self._groups: dict[str, Group] = {}
+        self._comms: dict[int, DoubleComm] = {}
+
+    def comm(self, rank: int) -> DoubleComm:
+        """`flashinfer.comm` of a rank: one module, however many communicators."""
+        with self._lock:
+            return self._comms.setdefault(rank, DoubleComm(self, rank))
+
+    def group(self, token: str, world_size: int) -> Group:
+        """Where the kernels of one workspace meet."""
+        with self._lock:
+            return self._groups.setdefault(token, Group(world_size))
+
+    def give(self, rank: int, nbytes: int) -> None:
+        """Allocate, or raise."""
+        with self._lock:
+            if self.allocated(rank) + nbytes > self.limit.get(rank, 1 << 62):
+                raise RuntimeError("CUDA error: out of memory")
+            self._buffers.setdefault(rank, []).append(nbytes)
+
+    def take_back(self, rank: int, nbytes: int) -> None:
+        """Free."""
+        with self._lock:
+            self._buffers[rank].remove(nbytes)
+
+    def allocated(self, rank: int) -> int:
+        """Bytes of a rank."""
+        with self._lock:
+            return sum(self._buffers.get(rank, ()))
+
+    def buffers(self) -> int:
+        """How many there are on all ranks."""
+        with self._lock:
+            return sum(map(len, self._buffers.values()))
+
+    def count(self, what: str, rank: int = 0) -> int:
+        """How often a rank called that."""
+        return sum(entry[:2] == (rank, what) for entry in list(self.log))
+
+
+def probe(request: ProbeRequest, facts: Facts) -> Verdict:
+    """The real look for modules, on a machine without flashinfer where a test says."""
+    absent = request.ranks[request.rank] in ABSENT
+    reason = missing_module(lambda name: None if absent and name == "flashinfer" else name)
+    return Unusable(reason) if reason is not None else Usable({"flashinfer": "double"})
+
+
+def flashinfer_of(machine: Machine, rank: int) -> PluginHost:
+    """Core's plugin, and `flashinfer` for groups on CPU over the double."""
+
+    class Here(FlashInfer):
+        boundary = partial(DoubleBoundary, machine, rank)
+
+    class Plugin:
+        @hookimpl
+        def commplane_register_comm_backends(self) -> list[BackendSpec]:
+            (spec,) = plugin.commplane_register_comm_backends()
+            same = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+            return [BackendSpec(**{**same, "device": "cpu", "probe": "flashinfer_double:probe", "options": dict(spec.options)})]
+
+        @hookimpl
+        def commplane_build_communicator(self, spec: BackendSpec, context: BuildContext) -> CommBackend | None:
+            return Here() if spec.name == "flashinfer" else None
+
+    host = PluginHost()
+    host.register(Plugin(), "flashinfer")
+    return host
+
+
+def ranks_on(
+    machine: Machine,
+    world_size: int,
+    function: Callable[[Plane], Any],
+    options: Mapping[str, Any] | None = None,
+    timeout: float = 40.0,
+) -> list[Any]:
+    """``function(plane)`` on ranks that are threads; small workspaces unless `options` say otherwise."""
+    small = {"max_bytes": 1 << 16, "float32_max_bytes": 1 << 14, "any_topology": False, **(options or {})}
+    return run_threads(
+        world_size,
+        function,
+        plugins=lambda rank: flashinfer_of(machine, rank),
+        config=lambda _rank: {"startup_timeout": 15, **{f"flashinfer.{name}": value for name, value in small.items()}},
+        timeout=timeout,
+    )
+
+
+def plan_of(comm: Communicator) -> dict[str, str]:
+    """Why each backend is in the plan or not."""
+    return {c.name: f"{c.state}: {c.reason}" if c.reason else c.state for c in comm.plan.candidates}

@@ -1,0 +1,201 @@
+"""The preflight asks the driver for what FlashInfer will, and gives it back; a free leaves nothing in FlashInfer's global."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from commplane_flashinfer import capacity
+from commplane_flashinfer.boundary import Boundary
+from commplane_flashinfer.exchange import Exchange
+from commplane_flashinfer.preflight import AllocationProp, spare
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Driver:
+    """``libcuda`` with `room` bytes; keeps what was asked and what is allocated."""
+
+    def __init__(self, room: int, init: int = 0, granularity: int = 2 << 20) -> None:
+        self.room, self.init, self.unit = room, init, granularity
+        self.held: dict[int, int] = {}
+        self.asked: list[int] = []
+        self.props: list[tuple[int, int, int, int, int]] = []
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self.init
+
+    def cuMemGetAllocationGranularity(self, out: Any, prop: Any, flag: int) -> int:  # noqa: N802
+        out._obj.value = self.unit
+        return 0
+
+    def cuMemCreate(self, out: Any, size: Any, prop: Any, flags: Any) -> int:  # noqa: N802
+        if sum(self.held.values()) + size.value > self.room:
+            return 2
+        p = prop._obj
+        self.props.append((p.type, p.handle_types, p.location.type, p.location.id, p.flags.gpu_direct_rdma))
+        self.asked.append(size.value)
+        out._obj.value = len(self.asked)
+        self.held[len(self.asked)] = size.value
+        return 0
+
+    def cuMemRelease(self, handle: Any) -> int:  # noqa: N802
+        del self.held[handle.value]
+        return 0
+
+
+def test_what_fits_is_asked_for_at_once_in_whole_units_and_given_back() -> None:
+    driver = Driver(1 << 30)
+    assert spare(3, (1, (2 << 20) - 2047, 5 << 20), driver) is None
+    assert driver.asked == [2 << 20, 4 << 20, 6 << 20]
+    assert driver.props == [(1, 1, 1, 3, 1)] * 3
+    assert driver.held == {}
+
+
+def test_what_does_not_fit_is_said_with_sizes_and_given_back() -> None:
+    driver = Driver(5 << 20)
+    reason = spare(0, (1, 1, 1), driver)
+    assert reason == (
+        "wanted 6291456 bytes of shareable memory on GPU 0, it is out of memory after 4194304: give it room, or lower "
+        "max_tokens or max_bytes"
+    )
+    assert driver.held == {}
+
+
+def test_a_driver_that_does_not_start_is_said() -> None:
+    assert "cuInit answered error 100" in (spare(0, (1,), Driver(0, init=100)) or "")
+
+
+def test_the_structure_is_laid_out_as_the_drivers_is() -> None:
+    assert ctypes.sizeof(AllocationProp) == 32
+    assert AllocationProp.win32.offset == 16
+    assert AllocationProp.flags.offset == 24
+
+
+def test_it_is_laid_out_as_nvidias_own_binding_has_it() -> None:
+    cuda = pytest.importorskip("cuda.bindings.driver", reason="wants cuda-bindings: pip install cuda-bindings")
+    theirs = cuda.CUmemAllocationProp()
+    theirs.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    theirs.requestedHandleTypes = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+    location = cuda.CUmemLocation()
+    location.type, location.id = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE, 5
+    theirs.location = location
+    theirs.allocFlags.gpuDirectRDMACapable = 1
+    same = AllocationProp.from_address(theirs.getPtr())
+    assert (same.type, same.handle_types, same.location.type, same.location.id, same.flags.gpu_direct_rdma) == (1, 1, 1, 5, 1)
+
+
+class Alone:
+    """The control plane of a group of two whose other rank says what this one does."""
+
+    rank, world_size, ranks = 0, 2, (0, 1)
+
+    def all_gather(self, value: Any, *, what: str, timeout: float | None = None) -> list[Any]:
+        """Twice the same."""
+        return [value, value]
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """FlashInfer's own module with CUDA calls replaced: the sizes that are allocated, and the pointers that were freed."""
+    trtllm_ar = pytest.importorskip(
+        "flashinfer.comm.trtllm_ar", reason="wants flashinfer-python: pip install 'commplane-flashinfer[flashinfer]'"
+    )
+    from flashinfer.comm import allreduce, cuda_ipc
+
+    class State:
+        module = trtllm_ar
+        allocated: ClassVar[list[int]] = []
+        freed: ClassVar[list[int]] = []
+        breaks = False
+
+    class Memory:
+        def __init__(self, buf_size: int, group_size: int, comm_backend_for_handle_transfer: Any, **rest: Any) -> None:
+            assert rest["enable_multicast"] is False
+            self.comm_backend = comm_backend_for_handle_transfer
+            self.ptrs = list(self.comm_backend.allgather(4096))
+            State.allocated.append(buf_size)
+            weakref.finalize(self, State.allocated.remove, buf_size)
+
+        def get_buffer_ptrs_host(self) -> list[int]:
+            return self.ptrs
+
+    class Cudart:
+        def cudaMalloc(self, size: int) -> Any:  # noqa: N802
+            return ctypes.c_void_p(64)
+
+        def cudaMemset(self, *args: Any) -> None:  # noqa: N802
+            pass
+
+        cudaMemcpy = cudaMemset  # noqa: N815
+
+        def cudaFree(self, pointer: Any) -> None:  # noqa: N802
+            State.freed.append(pointer.value)
+
+    def lamport(*args: Any) -> None:
+        if State.breaks:
+            raise RuntimeError("out of memory")
+
+    State.allocated.clear(), State.freed.clear()
+    monkeypatch.setattr(trtllm_ar, "SymmDeviceMemory", Memory)
+    monkeypatch.setattr(trtllm_ar, "trtllm_lamport_initialize", lamport)
+    monkeypatch.setattr(trtllm_ar, "cudart", Cudart())
+    monkeypatch.setattr(cuda_ipc, "cudart", Cudart())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: None)
+    make = torch.tensor
+    on_cpu = SimpleNamespace(**{**vars(torch), "tensor": lambda data, dtype=None, device=None: make(data, dtype=dtype)})
+    monkeypatch.setattr(trtllm_ar, "torch", on_cpu)
+    monkeypatch.setattr(allreduce, "is_confidential_compute", lambda: False)
+    return State
+
+
+def create(exchange: Any) -> Any:
+    """FlashInfer's own trtllm workspace, for 8 tokens of 4096."""
+    from flashinfer.comm.allreduce import TRTLLMAllReduceFusionWorkspace
+
+    return TRTLLMAllReduceFusionWorkspace(
+        tp_size=2, tp_rank=0, max_token_num=8, hidden_dim=4096, dtype=torch.bfloat16, comm_backend=exchange
+    )
+
+
+def test_the_real_workspace_asks_for_what_the_formula_says_and_free_leaves_nothing(real: Any) -> None:
+    boundary = Boundary()
+    raw = create(Exchange(Alone(), "workspace"))  # type: ignore[arg-type]
+    assert tuple(real.allocated) == capacity.requests(2, 8 * 4096, 2)
+    assert len(boundary.references()) == 1
+    boundary.free(raw)
+    gc.collect()
+    assert (real.allocated, boundary.references(), real.freed) == ([], {}, [64])
+
+
+def test_destroy_alone_would_leave_all_of_it(real: Any) -> None:
+    raw = create(Exchange(Alone(), "workspace"))  # type: ignore[arg-type]
+    raw.destroy()
+    del raw
+    gc.collect()
+    left = len(real.allocated)
+    real.module._symm_workspace_refs.clear()
+    assert left == 3, "FlashInfer frees now by itself: Boundary.free may become simpler"
+
+
+def test_a_real_creation_that_fails_half_way_leaves_nothing_after_free_partial(real: Any) -> None:
+    boundary, exchange, other = Boundary(), Exchange(Alone(), "one"), Exchange(Alone(), "other")  # type: ignore[arg-type]
+    kept = create(other)
+    real.breaks = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        create(exchange)
+    gc.collect()
+    assert len(boundary.references()) == 2
+    boundary.free_partial(exchange)
+    gc.collect()
+    assert len(boundary.references()) == 1, "that of another communicator stays"
+    assert len(real.allocated) == 3
+    boundary.free(kept)
+    assert real.allocated == []
