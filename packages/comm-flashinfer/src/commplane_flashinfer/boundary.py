@@ -44,7 +44,8 @@ class Boundary:
 
         found = torch.cuda.get_device_properties(torch.device(device))
         # As NVML writes it; torch leaves the prefix out.
-        return Card(f"GPU-{str(found.uuid).removeprefix('GPU-')}", found.name, (found.major, found.minor), bool(is_confidential_compute()))
+        uuid = f"GPU-{str(found.uuid).removeprefix('GPU-')}"
+        return Card(uuid, found.name, (found.major, found.minor), bool(is_confidential_compute()))
 
     def linked(self, uuid: str, others: Sequence[str]) -> list[str]:
         """Those of `others` that the card `uuid` has NVLink to."""
