@@ -131,7 +131,7 @@ class Comm:
             if tensor is not None and name != "quant_out" and tensor.dtype != input.dtype:
                 raise IllegalAccess(f"{name} of {tensor.dtype} is read as {input.dtype}")
         quantised, writes_norm = WRITES.get(pattern, (None, False))
-        needs = {"output": output}
+        needs: dict[str, Any] = {"output": output}
         if pattern:
             needs = {"residual_in": residual_in, "residual_out": residual_out, "rms_gamma": rms_gamma}
             needs |= {"norm_out": norm_out} if writes_norm else {}

@@ -308,7 +308,7 @@ def test_results_in_place_go_where_the_tensors_show_them() -> None:
         mine, residual = base[r].clone(), other.clone()
         found = rank.bind(NORM, torch.float32, in_place=True)(mine.t(), residual.t(), weight, 1e-5, 0.0)
         assert torch.equal(mine.t(), found[0]) and torch.equal(residual.t(), found[1])
-        return found
+        return cast("tuple[Tensor, Tensor]", found)
 
     wanted = add_rms_norm(total_of([t.t() for t in base]), other.t(), weight, 1e-5)
     for norm, total in world.run(body):
@@ -391,8 +391,13 @@ def test_a_tensor_that_cannot_be_written_is_refused_before_anything_is_sent() ->
 
 def test_shapes_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_MOST_PLANS", 3)
-    made = []
-    plans = calls._Plans(lambda shape: made.append(shape) or calls._Plan(1, 1, True))
+    made: list[torch.Size] = []
+
+    def make(shape: torch.Size) -> calls._Plan:
+        made.append(shape)
+        return calls._Plan(1, 1, True)
+
+    plans = calls._Plans(make)
     for n in (1, 2, 3, 1, 4, 1):
         assert plans[torch.Size([n])].tokens == 1
         assert len(plans) <= 3

@@ -19,6 +19,7 @@ from commplane.api import Collective, QuantFormat, Quantization, Quantized, Redu
 from commplane.errors import CommunicatorError, UnsupportedOperation, WorkspaceTooSmall
 from commplane_flashinfer import checks
 from commplane_flashinfer.order import CudaStreams, StreamOrder
+from commplane_flashinfer.outputs import outputs
 from commplane_flashinfer.patterns import ALL_REDUCE, NORM, QUANTISED, SWIZZLED_128X4, one_shot_limit, plan_shape
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ __all__ = ["Built", "Workspaces", "bind"]
 
 # Shapes remembered by one closure; a server has a few hundred, and of prompts of any length the oldest do not come again.
 _MOST_PLANS = 4096
-_SCALES_ROWS, _SCALES_COLUMNS = 128, 4  # what NVFP4's scales are padded to
-_FP4_BLOCK = 16
 
 
 class Built(Protocol):
@@ -321,7 +320,7 @@ class _Target:
                     norm, total = empty_like(tensor), empty_like(tensor)
                 return quantize(norm, how), norm if keep_norm else None, total
             weight = dense_of(weight, "weight")
-            values, scales, scale_out = _outputs(how, shape, plan.tokens, device)
+            values, scales, scale_out = outputs(how, shape, plan.tokens, device)
             total, rows = empty_like(tensor), plan.rows
             written = rows(total)
             kept = empty_like(tensor) if keep_norm else None
@@ -372,29 +371,6 @@ class _Plans(dict[Any, _Plan]):
             self.clear()
         self[shape] = plan
         return plan
-
-
-def _outputs(how: Quantization, shape: torch.Size, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Values and scales as `Quantized` holds them, and the scales as FlashInfer wants to be given them."""
-    hidden, form = shape[-1], how.format
-    if form is QuantFormat.NVFP4:
-        values = torch.empty((*shape[:-1], hidden // 2), dtype=torch.uint8, device=device)
-        rows, columns = -(-tokens // _SCALES_ROWS) * _SCALES_ROWS, -(-(hidden // _FP4_BLOCK) // _SCALES_COLUMNS) * _SCALES_COLUMNS
-        # Padding is 0, which the kernel leaves to us.
-        make = torch.zeros if (rows, columns) != (tokens, hidden // _FP4_BLOCK) else torch.empty
-        scales = make(rows * columns, dtype=torch.uint8, device=device)
-        return values, scales, scales
-    values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-    if form is QuantFormat.FP8_TOKEN:
-        scales = torch.empty((*shape[:-1], 1), dtype=torch.float32, device=device)
-        return values, scales, scales.view(tokens, 1)
-    if form is QuantFormat.FP8_GROUP:
-        column, columns = -(-tokens // 4) * 4, -(-(hidden // how.group) // 4)
-        # Whole columns, also the last: a reader may load in steps of four tokens.
-        scales = torch.empty_strided((column, columns), (1, column), dtype=torch.int32, device=device)[:tokens]
-        return values, scales, scales
-    assert how.scale is not None
-    return values, how.scale, None
 
 
 def bind(
