@@ -120,6 +120,9 @@ class Config:
     skip_compat_check: bool = _setting(False, _flag)
     """Load plugins made for another version of core, with a warning each time. Agreement is never skipped."""
 
+    tuning: str | None = _setting(None, _optional_text, per_rank=True)
+    """File of ``commplane tune`` whose times communicators follow. It may lie elsewhere on each rank; its content is compared."""
+
     host_alias: str = _setting("", str, per_rank=True)
     """Ranks with different aliases never count as one host, whatever they share. If unset, facts decide alone."""
 

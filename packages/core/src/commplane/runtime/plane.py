@@ -43,6 +43,7 @@ from commplane.runtime.rendezvous import World, find_world
 from commplane.runtime.startup import compare, recorder
 from commplane.runtime.sync import SyncRound
 from commplane.runtime.traced import teach
+from commplane.runtime.tuning import Tuning
 
 __all__ = ["Plane", "init"]
 
@@ -132,12 +133,13 @@ class Plane:
                 plugins.configure(config.with_options(plugins.options()))
             self.plugins, self.config = plugins, plugins.config
             self.plugins.require(n for n in self.config.backends)
+            self._tuning = None if self.config.tuning is None else Tuning.read(self.config.tuning)
         except Exception as error:
             # A failure here is this rank's alone; the others are on their way to the first round and are told there.
             self._world.fail(setback(error).text)
             raise
         try:
-            job = compare(self._world, self.plugins, self.config)
+            job = compare(self._world, self.plugins, self.config, self._tuning)
         except PeerFailed as failed:
             raise AgreementError(f"{failed}; this rank has no such problem: make the installations equal") from failed
         self.facts = exchange_facts(self._world, self.config.host_alias)
@@ -280,7 +282,7 @@ class Plane:
                 raise ConfigError(f"{who} timeout: wanted seconds above 0, found {timeout!r}")
             request["timeout"] = timeout
             config = replace(config, run_timeout=timeout)
-        return Formation(self.plugins, config, self.facts, key, device, request, bootstrap, who)
+        return Formation(self.plugins, config, self.facts, key, device, request, bootstrap, who, self._tuning)
 
     def agree(self, name: str) -> tuple[str, ...]:
         """What a communicator of that name over all ranks would be built of, in order, without building it. Collective.
