@@ -333,7 +333,8 @@ class _Data:
                 problem = misquantized(got[0], quantize(found, self.how))
                 if problem:
                     raise _Wrong(f"quantised wrongly: {problem}")
-        return lambda: call(*arguments)
+        timed = arguments if self.how is None else (*norm, self.how, False)
+        return lambda: call(*timed)
 
 
 def _reduced(values: Sequence[torch.Tensor], op: Variant | None) -> torch.Tensor:
