@@ -38,20 +38,19 @@ def test_physical_memory_covers_what_the_kernels_use_and_not_three_units_more(n:
 
 
 @given(sizes, st.sampled_from([2, 4]))
-def test_the_largest_message_is_the_last_whose_offsets_fit(n: int, itemsize: int) -> None:
+def test_the_largest_workspace_is_the_last_of_whole_rows_whose_offsets_fit(n: int, itemsize: int) -> None:
     most = capacity.largest(n, itemsize)
-    assert n * most * itemsize <= capacity.MOST_SPAN < n * (most + 1) * itemsize
-    assert n * most * itemsize < 1 << 31
+    assert most == capacity.rounded(most)
+    assert 2 * n * most * itemsize < 1 << 31 <= 2 * n * (most + 4096) * itemsize
 
 
-@given(st.integers(1, 1 << 28), st.integers(1, 1 << 16))
-def test_tokens_times_hidden_holds_the_message_with_less_than_a_row_too_many(elements: int, hidden: int) -> None:
-    tokens, same = capacity.shape(elements, hidden)
-    assert same == hidden
+@given(st.integers(1, 1 << 28))
+def test_tokens_times_hidden_holds_the_message_with_less_than_a_row_too_many(elements: int) -> None:
+    tokens, hidden = capacity.shape(elements)
     assert elements <= tokens * hidden < elements + hidden
 
 
-@given(sizes, st.integers(4096, 64 * MIB), st.integers(4096, 4 * MIB), st.integers(4096, 64 * MIB))
+@given(sizes, st.integers(4096, 60 * MIB), st.integers(4096, 4 * MIB), st.integers(4096, 64 * MIB))
 def test_settings_hold_at_open_no_more_than_at_most_and_all_that_they_declare(
     n: int, most: int, single: int, opened: int
 ) -> None:
@@ -59,7 +58,7 @@ def test_settings_hold_at_open_no_more_than_at_most_and_all_that_they_declare(
     found = Settings.of(options, n, "[tp rank 0/2 flashinfer]")
     assert found.most[0] * 2 >= most // 2 * 2
     assert found.at_open[0] <= found.most[0]
-    assert found.at_open[0] * 2 >= min(opened, most // 2 * 2)
+    assert found.at_open[0] * 2 >= min(opened, most // 2 * 2), found
     assert found.at_open[1] <= found.most[1]
 
 
@@ -79,7 +78,7 @@ def test_settings_hold_at_open_no_more_than_at_most_and_all_that_they_declare(
         ({"open_bytes": 5}, "open_bytes: wanted 0 for all, or 4096 and more: the backend is tried before it is used, found 5"),
         (
             {"max_tokens": 65536, "hidden": 8192},
-            "max_tokens: wanted messages of at most 536870912 bytes among 2 ranks, found 65536 (1073741824 bytes): the kernels",
+            "max_tokens: wanted messages of at most 536862720 bytes among 2 ranks, found 65536 (1073741824 bytes): the kernels",
         ),
         (
             {"max_bytes": 256 * MIB},

@@ -64,7 +64,7 @@ class FlashInfer(CommBackend):
         # From what all have gathered: every rank finds the same, and leaves with it.
         exchange.agree(topology.refusal(cards, exchange.allgather(linked), context.ranks, self._settings.any_topology))
         self._card = card
-        self._workspaces = Workspaces(context, boundary, self._settings.hidden)
+        self._workspaces = Workspaces(context, boundary)
         for single, elements in enumerate(self._settings.at_open):
             self._workspaces.take(bool(single), self._workspaces.build(bool(single), elements))
 

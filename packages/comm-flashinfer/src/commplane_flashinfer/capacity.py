@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["GRANULARITY", "MOST_SPAN", "WORLD_SIZES", "allocations", "largest", "physical", "requests", "rounded", "shape"]
+from commplane_flashinfer.checks import MOST_BYTES, WORLD_SIZES
 
-WORLD_SIZES: Final = (2, 4, 8, 16)
-"""Group sizes that there are kernels for; of others FlashInfer says so only at the first launch."""
+__all__ = ["GRANULARITY", "MOST_BYTES", "WORLD_SIZES", "allocations", "largest", "physical", "requests", "rounded", "shape"]
 
 GRANULARITY: Final = 2 << 20
 """Bytes to which the CUDA driver rounds an allocation up."""
-
-MOST_SPAN: Final = 1 << 30
-"""Largest ``world_size * elements * itemsize``: the kernels multiply offsets as 32-bit integers and would wrap above it."""
 
 _PAD = 2048  # FlashInfer leaves room for signals behind each allocation, used or not
 _ROW = 4096  # elements
@@ -38,8 +34,8 @@ def physical(world_size: int, elements: int, itemsize: int, granularity: int = G
 
 
 def largest(world_size: int, itemsize: int) -> int:
-    """The most elements of one message for which no offset of the kernels overflows."""
-    return MOST_SPAN // (world_size * itemsize)
+    """The most elements of a workspace, in whole rows, for which no offset of the kernels overflows."""
+    return MOST_BYTES // (world_size * itemsize) // _ROW * _ROW
 
 
 def rounded(elements: int) -> int:
@@ -47,9 +43,9 @@ def rounded(elements: int) -> int:
     return _up(elements, _ROW)
 
 
-def shape(elements: int, hidden: int) -> tuple[int, int]:
-    """Tokens and hidden size to ask FlashInfer for, whose product is what counts; at least `elements`."""
-    return max(1, -(-elements // hidden)), hidden
+def shape(elements: int) -> tuple[int, int]:
+    """Tokens and hidden size to ask FlashInfer for: it holds their product against a message, and neither alone."""
+    return rounded(elements) // _ROW, _ROW
 
 
 def _up(n: int, to: int) -> int:

@@ -42,13 +42,11 @@ class Settings:
     Attributes:
         most: elements of the largest message of the 16-bit types, and of float32 (``most[True]``).
         at_open: elements that the workspaces hold when the backend opens.
-        hidden: the hidden size that was declared; 0 where none was.
         any_topology: whether GPUs without NVLink will do.
     """
 
     most: tuple[int, int]
     at_open: tuple[int, int]
-    hidden: int
     any_topology: bool
 
     @classmethod
@@ -105,7 +103,7 @@ class Settings:
             )
         opened = options["open_bytes"]
         at_open = most if not opened else (min(most[0], _rounded(opened, 2)), min(most[1], _rounded(opened, 4)))
-        return cls(most, at_open, hidden, options["any_topology"])
+        return cls(most, at_open, options["any_topology"])
 
 
 def _rounded(nbytes: int, itemsize: int) -> int:

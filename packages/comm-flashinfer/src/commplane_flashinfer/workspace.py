@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Grown", "Held", "Workspaces", "itemsize"]
 
-_HIDDEN = 4096  # any would do where none is declared: FlashInfer holds the product of tokens and hidden size against a message
-
 _KEPT: list[Any] = []
 """Workspaces that a kernel may still be using because a rank was lost: never freed, so that nothing else gets their memory."""
 
@@ -55,17 +53,15 @@ class Workspaces:
     Args:
         context: the group.
         boundary: what stands between this and the device.
-        hidden: hidden size to declare to FlashInfer; 0 for any.
 
     Attributes:
         comm: the module ``flashinfer.comm``.
     """
 
-    def __init__(self, context: BuildContext, boundary: Boundary, hidden: int = 0) -> None:
+    def __init__(self, context: BuildContext, boundary: Boundary) -> None:
         self.comm = boundary.comm
         self._context = context
         self._boundary = boundary
-        self._hidden = hidden or _HIDDEN
         self._held: dict[bool, Held] = {}
         self._replaced: list[Held] = []
         self._failures: dict[tuple[bool, int], str] = {}
@@ -130,7 +126,7 @@ class Workspaces:
         """
         import torch
 
-        tokens, hidden = capacity.shape(elements, self._hidden)
+        tokens, hidden = capacity.shape(elements)
         context = self._context
         try:
             return self.comm.create_allreduce_fusion_workspace(
