@@ -73,8 +73,7 @@ class StreamOrder:
                 streams.after(stream, self._eager)
             self._eager = self.fast = stream
             return
-        # What ran before the capture is no part of it: whoever captures has synchronised, and orders the replays.
-        for earlier in {self._captured, self._eager} - {-1, stream}:
-            if streams.capturing(earlier):
-                streams.after(stream, earlier)
+        # What ran eagerly is no part of the capture: whoever captures has synchronised, and orders the replays.
+        if self._captured not in (-1, stream) and streams.capturing(self._captured):
+            streams.after(stream, self._captured)
         self._captured, self.fast = stream, -1

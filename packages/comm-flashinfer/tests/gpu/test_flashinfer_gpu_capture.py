@@ -48,11 +48,11 @@ def many_replays(rank: Rank) -> list[int]:
                 got[kind] = tp.all_reduce_rms_norm_quant(x, r, weight, how, EPS, keep_norm=True)
 
         body()  # what is loaded at the first call of a shape is loaded outside of the capture
-        made.append((tokens, hidden, x, r, places, got, captured(rank, body)))
+        made.append((tokens, hidden, x, r, places, got, layer.weight, captured(rank, body)))
     for step in range(4 * len(made)):
-        tokens, hidden, x, r, places, got, graph = made[step % len(made)]
+        tokens, hidden, x, r, places, got, weight, graph = made[step % len(made)]
         layer = Layer(rank, DTYPE, tokens, hidden, 1 if step < len(made) else step)
-        layer.weight = Layer(rank, DTYPE, tokens, hidden, 1).weight  # that of the graph
+        layer.weight = weight  # that which the graph reads
         for target, source in ((x, layer.mine), (r, layer.before), (places[0], layer.mine), (places[1], layer.before)):
             target.copy_(source)
         graph.replay()
@@ -69,7 +69,7 @@ def many_replays(rank: Rank) -> list[int]:
             assert problem is None, (what, kind, problem)
             checks += [checksum(quantised.values), checksum(residual)]
     # Replays with no wait between them, whose input changes in between.
-    x, graph, got = made[0][2], made[0][6], made[0][5]
+    _, _, x, _, _, got, _, graph = made[0]
     for step in range(200):
         x.fill_(float(step % 50 + rank.rank))
         graph.replay()
@@ -94,9 +94,10 @@ def two_streams(rank: Rank) -> None:
         parts = inputs(n, 4096, DTYPE, step, device)
         streams[step % 2].wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(streams[step % 2]):
-            results.append((tp.all_reduce(parts[rank.rank]), reduced(parts)))
+            # The parts are kept: their memory belongs to the other stream, which would use it again while this one reads.
+            results.append((tp.all_reduce(parts[rank.rank]), reduced(parts), parts))
     torch.cuda.synchronize()
-    for step, (got, wanted) in enumerate(results):
+    for step, (got, wanted, _) in enumerate(results):
         expect(("stream", step), got, wanted)
 
 
