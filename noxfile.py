@@ -132,10 +132,14 @@ def backend(session: nox.Session, name: str) -> None:
     """Core's wheel and one plugin's, nothing else of ours: prove what loads, then run that plugin's tests, the long ones too."""
     package = PLUGINS[name]
     install_wheels(session, CORE, package)
+    # Where an environment is used again.
+    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", KIT.dist, silent=True)
     prove_isolated(session, CORE, package)
     install(session, *group("test"))
     if name in ("disagg", "cache"):
+        # What these tests meet for real, and the kit, which they run.
         install_extras(session)
+        install_wheels(session, KIT)
     session.run("commplane", "explain", "all_reduce", "--bytes", "8192")
     session.run("pytest", "-m", "", str(package.folder / "tests"), *session.posargs)
 
