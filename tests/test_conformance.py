@@ -39,8 +39,7 @@ def test_the_page_of_the_kit_names_its_files() -> None:
     assert named == {m.name for m in MODULES}
 
 
-# All of it with 2, 3 and 4 ranks is `nox -s conformance`; what needs more than two ranks is here too. All of it
-# on torch, which is long, is not here in every run.
+# All of it with 2, 3 and 4 ranks is `nox -s conformance`; what needs more than two ranks is here too. All of torch is long.
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("backend", "ranks", "only"),
