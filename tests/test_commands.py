@@ -93,6 +93,7 @@ def test_bench_measures_every_collective_also_with_more_ranks_than_cores(commpla
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_bench_shows_what_each_layer_of_a_call_costs(commplane: Any, tmp_path: Path) -> None:
     out = commplane("bench", "--overhead", "--rounds", "2", "--json", "o.json")
     assert out.returncode == 0, out.stderr
@@ -204,9 +205,15 @@ def commplane_register_comm_backends():
     ("name", "code", "requires", "words"),
     [
         ("broken", "import libcudart_is_missing", "", "failed to load"),
-        ("old", SPEC.format(name="old", api=(2, 0)), "", "comm API 2.0"),
-        ("picky", SPEC.format(name="picky", api=(1, 0)), "commplane>=7", "commplane>=7"),
-        ("custom_ar", SPEC.format(name="custom_ar", api=(1, 0)), "", "2 distributions provide plugin 'custom_ar'"),
+        pytest.param("old", SPEC.format(name="old", api=(2, 0)), "", "comm API 2.0", marks=pytest.mark.long),
+        pytest.param("picky", SPEC.format(name="picky", api=(1, 0)), "commplane>=7", "commplane>=7", marks=pytest.mark.long),
+        pytest.param(
+            "custom_ar",
+            SPEC.format(name="custom_ar", api=(1, 0)),
+            "",
+            "2 distributions provide plugin 'custom_ar'",
+            marks=pytest.mark.long,
+        ),
         ("rival", SPEC.format(name="custom_ar", api=(1, 0)), "", "two distributions provide backend 'custom_ar'"),
     ],
 )

@@ -39,12 +39,12 @@ def test_the_page_of_the_kit_names_its_files() -> None:
     assert named == {m.name for m in MODULES}
 
 
-# All of it with 2, 3 and 4 ranks is `nox -s conformance`; what needs more than two ranks is here too.
+# All of it with 2, 3 and 4 ranks is `nox -s conformance`; what needs more than two ranks is here too. All of torch is long.
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("backend", "ranks", "only"),
     [
-        ("torch", "2", []),
+        pytest.param("torch", "2", [], marks=pytest.mark.long),
         ("custom_ar", "2", []),
         ("torch", "4", ["-k", "groups"]),
         ("custom_ar", "3,4", ["-k", "groups"]),

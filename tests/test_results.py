@@ -45,7 +45,7 @@ def test_the_table_names_exactly_the_files_that_the_commands_write() -> None:
 
 def test_every_file_was_made_with_its_command() -> None:
     commands = {Path(name).name: f"commplane {command}" for command in COMMANDS for name in written(command)}
-    there = {path.name for path in FOLDER.iterdir()} - {"README.md"}
+    there = {path.name for path in FOLDER.iterdir() if path.suffix not in {".md", ".txt"}}
     assert there <= commands.keys()
     for name in there:
         result = FOLDER / f"{Path(name).stem}.json"
@@ -53,3 +53,14 @@ def test_every_file_was_made_with_its_command() -> None:
         found = json.loads(result.read_text())
         assert found["machine"]["command"] == commands[name]
         assert found["rows"]
+
+
+def test_every_text_was_printed_by_its_command_and_has_no_failure() -> None:
+    commands = dict(re.findall(r"^(python .*) > docs/results/([\w-]+\.txt)$", README, re.MULTILINE))
+    there = {path.name: path.read_text() for path in FOLDER.glob("*.txt")}
+    assert set(there) == set(commands.values())
+    for command, name in commands.items():
+        machine, made_with, *rest = there[name].splitlines()
+        assert "GPU" in machine or "NVIDIA" in machine
+        assert made_with == f"# {command}"
+        assert rest[-1] == "all well"

@@ -132,6 +132,7 @@ def oversubscribed(store: Any, rank: int, world_size: int) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_more_ranks_than_cores_still_move(forks: Server) -> None:
     assert results(forks.run(3, oversubscribed, timeout=PATIENCE_S)) == [True] * 3
 

@@ -265,7 +265,7 @@ def pinned_rows(store: Any, rank: int, world_size: int) -> list[Any]:
         return [r.to_json() for r in measure(plane, form(plane, ["torch"], "bench"), todo, pin="both", rounds=1)]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_pinned_and_free_are_rows_of_one_run_also_with_more_ranks_than_cores(world_size: int) -> None:
     for o in run_processes(world_size, pinned_rows, timeout=120):
         assert o.error is None, o.output
