@@ -27,8 +27,8 @@ def test_doctor_shows_plugins_facts_and_the_plan_as_text_and_as_json(commplane: 
         assert words in text.stdout
     report = json.loads(commplane("doctor", "--ranks", "3", "--json").stdout)
     assert report["world_size"] == 3 and report["hosts"] == [[0, 1, 2]]
-    assert [c["name"] for c in report["plan"]["candidates"]] == ["custom_ar", "torch", "flashinfer", "torch_symm"]
-    assert [c["state"] for c in report["plan"]["candidates"]] == ["ready", "ready", "probe", "probe"]
+    assert [c["name"] for c in report["plan"]["candidates"]] == ["custom_ar", "torch", "flashinfer", "hierarchical", "torch_symm"]
+    assert [c["state"] for c in report["plan"]["candidates"]] == ["ready", "ready", "probe", "probe", "probe"]
     assert [f["rank"] for f in report["facts"]] == [0, 1, 2]
 
 
@@ -38,7 +38,8 @@ def test_explain_answers_for_one_call(commplane: Any) -> None:
     answer = json.loads(commplane("explain", "all_gather", "--dtype", "int64", "--json").stdout)
     assert answer["chosen"] == "custom_ar"
     absent = dict.fromkeys(("flashinfer", "torch_symm"), "probe: serves cuda, the group is on cpu")
-    assert answer["others"] == {"torch": "custom_ar comes before it", **absent}
+    few = {"hierarchical": "probe: serves groups of 3 ranks or more, this one has 2"}
+    assert answer["others"] == {"torch": "custom_ar comes before it", **absent, **few}
     composed = commplane("explain", "all_reduce_rms_norm", "--json", env={"COMMPLANE_BACKENDS": "torch"})
     answer = json.loads(composed.stdout)
     assert answer["chosen"].startswith("composed of") and answer["others"]["torch"] == "does not declare all_reduce_rms_norm"

@@ -54,7 +54,7 @@ def test_the_backend_in_40_lines_builds_as_a_wheel_and_runs(commplane: Any, tmp_
     assert doctor.returncode == 0, doctor.stderr
     candidates = {c["name"]: c["state"] for c in json.loads(doctor.stdout)["plan"]["candidates"]}
     ready = dict.fromkeys(("custom_ar", "star", "torch"), "ready")
-    assert candidates == {**ready, "flashinfer": "probe", "torch_symm": "probe"}
+    assert candidates == {**ready, "flashinfer": "probe", "hierarchical": "probe", "torch_symm": "probe"}
     (tmp_path / "script.py").write_text(
         "import torch, commplane\n"
         "with commplane.init() as plane:\n"

@@ -97,7 +97,7 @@ def test_the_plugins_command_works_as_a_module() -> None:
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert [(p["name"], p["dist"], p["provides"]) for p in report["plugins"]] == [
-        ("torch", "commplane", ["backend torch", "backend torch_symm"])
+        ("torch", "commplane", ["backend hierarchical", "backend torch", "backend torch_symm"])
     ]
 
 

@@ -10,6 +10,7 @@ from commplane.api.bootstrap import Bootstrap, Deadline
 from commplane.api.facts import Facts, RankFacts
 from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
+from commplane.api.inner import InnerGroup, InnerGroups
 from commplane.api.layout import ParallelLayout, Place
 from commplane.api.markers import hookimpl
 from commplane.api.norm import add_rms_norm
@@ -40,6 +41,8 @@ __all__ = [
     "Facts",
     "FlightRecord",
     "GroupKey",
+    "InnerGroup",
+    "InnerGroups",
     "Moved",
     "Numerics",
     "PageStore",

@@ -11,6 +11,7 @@ from commplane.api.bootstrap import Bootstrap, Deadline
 from commplane.api.facts import Facts
 from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
+from commplane.api.inner import InnerGroups
 from commplane.api.ranges import SizeRange
 from commplane.api.types import Capability, Collective, ReduceOp
 from commplane.api.workspace import Requirement, Workspace
@@ -66,6 +67,7 @@ class BuildContext:
         deadline: when `open` must be done.
         timeout: seconds that a running operation may wait for its peers.
         options: the backend's own settings.
+        inner: makes communicators of parts of the group, for a backend that is made of others; for `open`. Since comm 1.4.
     """
 
     backend: str
@@ -77,6 +79,7 @@ class BuildContext:
     deadline: Deadline
     timeout: float
     options: Mapping[str, Any]
+    inner: InnerGroups | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:

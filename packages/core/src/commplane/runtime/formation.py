@@ -13,10 +13,14 @@ from commplane.config import Config
 from commplane.errors import AgreementError, CommplaneWarning, SelectionError
 from commplane.notice import notice
 from commplane.plugins import PluginHost
+from commplane.runtime.inner import Formed, InnerMaker
 from commplane.runtime.tuning import Tuning, facts_of
 from commplane.select import LAST_RESORT, Candidate, Draft, Offer, Plan, choose, disagreement, said
 
 __all__ = ["Formation"]
+
+# Of the time to open a backend, what one step of forming an inner group of it may take.
+_INNER_SHARE = 0.3
 
 
 class Formation:
@@ -132,6 +136,9 @@ class Formation:
                     deadline=Deadline(seconds, self._bootstrap.clock.now),
                     timeout=self._config.run,
                     options=own_options(spec, self._config.options),
+                    inner=InnerMaker(
+                        self._key, self._device, self._key.ranks[self._bootstrap.rank], attempt, self._facts, self._form_inner
+                    ),
                 )
 
                 def make(spec: BackendSpec = spec, context: BuildContext = context) -> CommBackend:
@@ -166,6 +173,15 @@ class Formation:
                 close_backend(name, backend, self._device)
             raise
         return plan, built, attempts
+
+    def _form_inner(self, key: GroupKey, bootstrap: StoreBootstrap, backends: Sequence[str]) -> Formed:
+        """Form a communicator of a part of the group, for a backend that is being opened. Collective over the part."""
+        # Whatever fails in there is to be known before the opening backend's own time is over.
+        startup = _INNER_SHARE * self._config.startup
+        config = replace(self._config, startup_timeout=startup, run_timeout=self._config.run, numerics="any")
+        who = f"[{key.purpose} rank {bootstrap.rank}/{len(key.ranks)}]"
+        request = {"backends": list(backends)}
+        return Formation(self._plugins, config, self._facts, key, self._device, request, bootstrap, who).run()
 
     def _tuned(self, plan: Plan, tuning: Tuning) -> Plan:
         """`plan` with the timings of the file, unless they are of another kind of group, which its first rank says. Local."""
