@@ -1,0 +1,194 @@
+"""The process group: what torch calls, sorted into a communicator's calls and those of torch's own backends.
+
+A subclass of torch's `ProcessGroup`, not of its `Backend`: torch lets no Python class be a `Backend`, and a call reaches this one
+without torch's dispatcher. C++ (functional collectives, DDP's reducer) reaches it through torch's trampolines, which exist for
+`Collectives` alone; everything else that C++ asks for ends in the backends registered for the devices: Gloo and NCCL.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from commplane.c10d import fallback
+from commplane.c10d.collectives import Collectives
+from commplane.c10d.ground import Ground
+from commplane.c10d.lane import Lane
+from commplane.c10d.side import Side
+from commplane.c10d.work import JoinedWork
+from commplane.errors import CommunicatorError
+
+__all__ = ["CommplaneGroup"]
+
+_ProcessGroup: Any = dist.ProcessGroup  # its methods have several signatures each, which one function cannot have for mypy
+
+_LONGEST = 999_999.0
+"""Seconds: the longest timeout that a setting takes; torch's may be longer."""
+
+
+class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, see above
+    """One process group of the backend ``commplane``. Made by torch, through `commplane.c10d.create`.
+
+    Every collective is torch's, with torch's meaning; of those that go to a communicator a failure is an error of
+    `commplane.errors`, raised by the call, or by the wait where it goes on in the background.
+
+    Args:
+        ground: the plane; released when the group is shut down.
+        store: for this group alone.
+        ranks: global ranks in group order.
+        rank: group rank.
+        name: torch's name of the group.
+        timeout: seconds that a collective may wait for its peers.
+        backend_options: of NCCL, if they are.
+    """
+
+    def __init__(
+        self,
+        ground: Ground,
+        store: Any,
+        ranks: Sequence[int],
+        rank: int,
+        name: str,
+        timeout: timedelta,
+        backend_options: Any = None,
+    ) -> None:
+        super().__init__(rank, len(ranks))
+        self.ground = ground
+        self.ranks = tuple(ranks)
+        self._store = store
+        self._label = name
+        self._timeout = timeout
+        self._options = backend_options
+        self._sides: dict[str, Side] = {}
+        self._works: list[Any] | None = None
+        self._open = True
+        self._lane = Lane(f"c10d {name}")
+        self._cpu = self._new_side(torch.device("cpu"), fallback.gloo(store, self.ranks, rank, name, timeout), self._lane)
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._cpu.fallback)
+        if hasattr(self, "_set_default_backend"):
+            self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        self._nccl = fallback.nccl(store, self.ranks, rank, name, timeout, backend_options)
+        if self._nccl is not None:
+            self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, self._nccl)
+
+    # What the group has for which tensors.
+
+    def _new_side(self, device: torch.device, beside: Any, lane: Lane | None) -> Side:
+        """Form the communicator for a type of device. Collective over the group."""
+        seconds = min(self._timeout.total_seconds(), _LONGEST)
+        communicator = self.ground.communicator(f"c10d_{self._label}", self.ranks, str(device), seconds)
+        side = self._sides[device.type] = Side(communicator, beside, lane, self.ground.renamed)
+        return side
+
+    def side(self, device: torch.device) -> Side:
+        """What serves tensors on `device`. Local.
+
+        Raises:
+            CommunicatorError: there is no communicator for them, or not yet.
+        """
+        if device.type not in self._sides:
+            raise CommunicatorError(
+                f"[c10d {self._label}] wanted a communicator for {device.type}, found those for "
+                f"{', '.join(self._sides) or 'none'}: one is made by the first collective on a tensor there"
+            )
+        return self._sides[device.type]
+
+    def _side(self, tensor: torch.Tensor) -> Side | None:
+        """See `Collectives`."""
+        device = tensor.device.type
+        found = self._sides.get(device)
+        if found is not None:
+            return found
+        if device == "cpu":
+            return self._cpu  # which a shut down group has no more
+        if device != "cuda" or self._nccl is None or not self._serves_cuda():
+            return None
+        return self._new_side(tensor.device, self._nccl, None)
+
+    def _serves_cuda(self) -> bool:
+        """Whether CUDA is ours in ``init_process_group(backend)``: not in ``cpu:commplane,cuda:nccl``. Equal on all ranks."""
+        config = dist.get_backend_config(self)
+        return dict(part.split(":") for part in str(config).split(",")).get("cuda") == "commplane"
+
+    def _torch(self, tensor: torch.Tensor) -> Any:
+        """The backend of torch's own for a tensor."""
+        return self._get_backend(tensor.device)
+
+    # What torch asks of a group beside collectives.
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        """Collect works until `_end_coalescing`; on CUDA torch's backend does that with its own."""
+        self._works = []
+        if device.type != "cpu":
+            self._get_backend(device)._start_coalescing()
+
+    def _end_coalescing(self, device: torch.device) -> Any:
+        """One work for all since `_start_coalescing`."""
+        works, self._works = self._works or [], None
+        if device.type != "cpu":
+            work = self._get_backend(device)._end_coalescing()
+            works += [] if work is None else [work]
+        return JoinedWork(works, [])
+
+    def getBackendName(self) -> str:  # noqa: N802  torch's name
+        """What the group is called in torch."""
+        return "commplane"
+
+    def get_group_store(self) -> Any:
+        """The store of this group."""
+        return self._store
+
+    def split_group(
+        self,
+        ranks: Sequence[int],
+        timeout: timedelta | None = None,
+        opts: Any = None,
+        group_name: str | None = None,
+        group_desc: str | None = None,
+        device_types: Any = None,
+    ) -> CommplaneGroup | None:
+        """A group of some of this one's ranks, which are group ranks. Collective over `ranks`; None on the others."""
+        from commplane.c10d.creation import make_group
+
+        if self.rank() not in ranks:
+            return None
+        name = group_name or f"{self._label}:split:{'_'.join(map(str, ranks))}"
+        store = dist.PrefixStore(f"split/{name}", self._store)
+        members = [self.ranks[r] for r in ranks]
+        group = make_group(store, members, list(ranks).index(self.rank()), name, timeout or self._timeout, opts)
+        group._set_group_name(name)
+        group._set_group_desc(group_desc or "undefined")
+        return group
+
+    def shutdown(self) -> None:
+        """Wait for what is in the background, and for the other ranks; then close everything. Collective, idempotent."""
+        self._end(wait=True)
+
+    def abort(self) -> None:
+        """Close everything now; peers that wait for this rank stop waiting. Local, idempotent."""
+        self._end(wait=False)
+
+    def _end(self, *, wait: bool) -> None:
+        if not self._open:
+            return
+        self._open = False
+        if wait:
+            self._lane.drain()
+        for side in self._sides.values():
+            side.communicator._close(wait=wait)
+        self._lane.close()
+        for backend in {id(b): b for b in (self._cpu.fallback, self._nccl) if b is not None}.values():
+            end = getattr(backend, "shutdown" if wait else "abort", None)
+            if end is not None:
+                end()
+        self.ground.release(wait=wait)
+
+    def __del__(self) -> None:
+        # torch before 2.7 drops a group that it destroys and does not tell it.
+        if getattr(self, "_open", False) and not sys.is_finalizing():
+            self.shutdown()
