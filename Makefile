@@ -8,8 +8,8 @@ RANKS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PACKAGES := commplane commplane-custom-ar commplane-flashinfer commplane-disagg commplane-cache commplane-conformance
-WHEELS := dist/commplane-[0-9]*.whl dist/commplane_custom_ar-[0-9]*.whl dist/commplane_flashinfer-[0-9]*.whl dist/commplane_disagg-[0-9]*.whl dist/commplane_cache-[0-9]*.whl
+PACKAGES := commplane commplane-custom-ar commplane-flashinfer commplane-disagg commplane-cache commplane-sglang commplane-vllm commplane-conformance
+WHEELS := dist/commplane-[0-9]*.whl dist/commplane_custom_ar-[0-9]*.whl dist/commplane_flashinfer-[0-9]*.whl dist/commplane_disagg-[0-9]*.whl dist/commplane_cache-[0-9]*.whl dist/commplane_sglang-[0-9]*.whl dist/commplane_vllm-[0-9]*.whl
 SOURCES := $(shell find packages -type f ! -path '*/tests/*' ! -path '*/__pycache__/*' ! -name '*.md') constraints.txt pyproject.toml
 
 .PHONY: demo test clean help

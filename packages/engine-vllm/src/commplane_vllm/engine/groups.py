@@ -1,0 +1,217 @@
+"""Communicators for the groups of an engine: made, used, captured and closed where the engine does that with its own.
+
+An engine's group is any object with ``unique_name``, ``ranks``, ``world_size`` and ``device``, made on all its ranks in one
+order. What is called here is collective unless it says local.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from importlib_metadata import version
+
+import commplane
+from commplane import Communicator, Plane
+from commplane.api import Collective, ReduceOp
+from commplane.errors import ConfigError
+
+from .seams import Engine
+from .vote import active, vote
+
+__all__ = ["Groups", "Served"]
+
+_ATTRIBUTE = "commplane_served"
+
+
+class Served:
+    """A communicator in the place of an engine's own all-reduce, for the sizes that one of our backends has.
+
+    What the plan leaves to torch is the engine's: it has kernels and streams of its own for that. The plan and the bytes decide,
+    which are equal on all ranks, so all ranks go the same way.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+        self._plan = communicator.plan
+        self._ranges: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {}
+
+    def takes(self, tensor: torch.Tensor, capturing: bool) -> bool:
+        """Whether the sum of `tensor` is ours. Local, equal on every rank."""
+        if self._plan is not self.communicator.plan:  # it was tuned
+            self._plan = self.communicator.plan
+            self._ranges.clear()
+        ranges = self._ranges.get((tensor.dtype, capturing))
+        if ranges is None:
+            ranges = self._ranges[tensor.dtype, capturing] = self.ranges(tensor.dtype, capturing)
+        size = tensor.nbytes
+        return any(low <= size < high for low, high in ranges)
+
+    def ranges(self, dtype: torch.dtype, capturing: bool) -> tuple[tuple[int, float], ...]:
+        """``low <= bytes < high`` of what is ours. Local, equal on every rank."""
+        name = str(dtype).removeprefix("torch.")
+        routes = self.communicator.plan.find(Collective.ALL_REDUCE, ReduceOp.SUM, name, capturing=capturing)
+        return tuple((r.low, float("inf") if r.high is None else r.high) for r in routes if r.backend != "torch")
+
+    def prepare(self, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+        """Build workspaces for activations of `tokens` x `hidden`, as far as they are ours. Collective over the group."""
+        max_bytes = tokens * hidden * dtype.itemsize
+        ours = [high for capturing in (False, True) for _, high in self.ranges(dtype, capturing)]
+        if ours:
+            self.communicator.prepare("all_reduce", dtype=dtype, max_bytes=int(min(max_bytes, max(ours))))
+
+
+class Groups:
+    """All groups of an engine in this process, and the plane that their communicators live in.
+
+    Args:
+        engine: what the adapter knows of the engine.
+        purposes: names of the groups that sum activations; the others stay the engine's alone.
+        logger: where plans are told.
+    """
+
+    def __init__(self, engine: Engine, purposes: frozenset[str], logger: logging.Logger) -> None:
+        self.engine = engine
+        self.problem: str | None = None
+        self._purposes = purposes
+        self._logger = logger
+        self._plane: Plane | None = None
+        self._asked = False
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._served: list[Served] = []
+        self._depth = 0
+
+    @property
+    def plane(self) -> Plane | None:
+        """The open plane; None before the first group, after the last, and where the adapter is not at work. Local."""
+        return self._plane
+
+    @property
+    def served(self) -> tuple[Served, ...]:
+        """The groups that have a communicator, in order of creation. Local."""
+        return tuple(self._served)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a capture is open. Local."""
+        return self._depth > 0
+
+    def attach(self, group: Any) -> Served | None:
+        """Give `group`, which the engine has just made, a communicator where that is of use. Collective over its ranks.
+
+        At the first group all ranks of the job vote, and meet in a plane.
+
+        Returns:
+            What serves the group, on all its ranks; None where the engine's own does.
+
+        Raises:
+            PeerError: ranks have no adapter, or did not come; names them.
+            AgreementError: the adapter may work on some ranks only.
+            CommplaneError: as `commplane.init` and `Plane.communicator` raise.
+        """
+        if dist.get_world_size() == 1:
+            return None
+        if not self._asked:
+            if self._vote():
+                self._plane = commplane.init()
+            self._asked = True
+        self._alive.add(group)
+        if self._plane is None or group.world_size == 1 or group.device.type not in ("cpu", "cuda"):
+            return None
+        if group.unique_name.rpartition(":")[0] not in self._purposes:
+            return None
+        communicator = self._plane.communicator(group.unique_name, group.ranks, device=str(group.device))
+        if communicator.rank == 0:
+            self._logger.info("%s", communicator.plan)
+        if communicator.plan.backends == ("torch",):  # nothing that the engine has not; equal on all ranks, because the plan is
+            communicator.close()
+            return None
+        served = Served(communicator)
+        self._served.append(served)
+        setattr(group, _ATTRIBUTE, served)
+        return served
+
+    def _vote(self) -> bool:
+        """Whether the adapter works in this job. Collective over all ranks."""
+        try:
+            settings = commplane.Config.load()
+        except ConfigError:  # perhaps on this rank only: `commplane.init` tells it to all
+            settings = commplane.Config()
+        engine, rank = self.engine, dist.get_rank()
+        store = dist.PrefixStore(engine.adapter, dist.distributed_c10d._get_default_store())
+        # A store outlives the groups of an engine: each time that all are made again there is a vote of its own.
+        generation = store.add(f"generation/{rank}", 1)
+        ballots = vote(
+            dist.PrefixStore(str(generation), store),
+            rank,
+            dist.get_world_size(),
+            {
+                "adapter": f"{engine.adapter} {version(engine.adapter)}",
+                "engine": f"{engine.name} {engine.version}",
+                "problem": self.problem,
+            },
+            settings.startup,
+            f"[{engine.adapter} rank {rank}/{dist.get_world_size()}]",
+            f"install {engine.adapter} for every rank and start all alike, or {engine.leave_out}",
+        )
+        fix = f"make the installations equal, or {engine.leave_out}"
+        at_work = active(ballots, f"[{engine.adapter} rank {rank}/{dist.get_world_size()}]", fix)
+        if not at_work and rank == 0:
+            self._logger.warning("all ranks go on without %s: %s", engine.adapter, self.problem)
+        return at_work
+
+    def all_reduce(self, group: Any, tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What sums `tensor` into a new one over `group`; None where that is the engine's. Local, equal on every rank."""
+        served = self._for(group, tensor)
+        return None if served is None else served.communicator.all_reduce
+
+    def all_reduce_(self, group: Any, tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The same in place."""
+        served = self._for(group, tensor)
+        return None if served is None else served.communicator.all_reduce_
+
+    def _for(self, group: Any, tensor: torch.Tensor) -> Served | None:
+        served: Served | None = group.__dict__.get(_ATTRIBUTE)
+        if served is None:
+            return None
+        # A trace has no sizes to go by, and a plan serves all of them.
+        if torch.compiler.is_compiling() or served.takes(tensor, self._depth > 0):
+            return served
+        return None
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Around the engine's capture of one group; it nests one group's in another's, and the outermost one counts."""
+        if self._plane is None:
+            yield
+            return
+        self._depth += 1
+        try:
+            if self._depth > 1:
+                yield
+            else:
+                with self._plane.capture():
+                    yield
+        finally:
+            self._depth -= 1
+
+    def detach(self, group: Any) -> None:
+        """Close what `attach` made, before the engine destroys the group; with the last group, the plane. Collective.
+
+        A second call for the same group does nothing.
+        """
+        served: Served | None = group.__dict__.pop(_ATTRIBUTE, None)
+        if served is not None:
+            self._served.remove(served)
+            served.communicator.close()
+        self._alive.discard(group)
+        if self._asked and not self._alive:
+            self._asked = False
+            plane, self._plane = self._plane, None
+            if plane is not None:
+                plane.close()
