@@ -272,7 +272,7 @@ def _all_gather(side: Side, source: torch.Tensor) -> torch.Tensor:
     own = flat(source)
     if carrier is dtype:
         return side.communicator.all_gather(own)
-    return side.communicator.all_gather(bytes_of(own.contiguous())).view(dtype)
+    return side.communicator.all_gather(bytes_of(own)).view(dtype)
 
 
 def _broadcast(side: Side, tensor: torch.Tensor, root: int) -> None:

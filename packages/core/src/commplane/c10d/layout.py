@@ -10,8 +10,8 @@ __all__ = ["bytes_of", "flat", "write", "write_flat"]
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """Its elements in one dimension, outside of autograd: its own memory where that is possible, else a copy."""
-    return tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    """Its elements in one dense dimension, outside of autograd: its own memory where that is possible, else a copy."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
 
 
 def bytes_of(dense: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,115 @@
+"""Ranks that do not come, that die, that call something else: what reaches the user of torch.distributed."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from c10d_world import World
+
+from commplane.errors import CommunicatorError, MismatchError, PeerError
+
+pytestmark = pytest.mark.timeout(90)
+
+
+def die(rank: int, how: str) -> tuple[str, list[int]]:
+    x = torch.ones(4)
+    if rank == 1:
+        os._exit(3)
+    call = {
+        "waited for": lambda: dist.all_reduce(x),
+        "in the background": lambda: dist.all_reduce(x, async_op=True).wait(),
+        "functional": lambda: funcol.wait_tensor(funcol.all_reduce(x, "sum", dist.group.WORLD)),
+        "gathered": lambda: dist.all_gather_into_tensor(torch.empty(8), x),
+        "barrier": dist.barrier,
+    }[how]
+    with pytest.raises(PeerError) as error:
+        call()
+    with pytest.raises(PeerError, match="poisoned"):  # and every later call at once
+        dist.all_reduce(x)
+    dist.destroy_process_group()
+    return str(error.value), list(error.value.missing_ranks)
+
+
+@pytest.mark.parametrize("how", ["waited for", "in the background", "functional", "gathered", "barrier"])
+def test_a_rank_that_died_is_named_by_the_error_of_a_collective(how: str) -> None:
+    with World(2) as world:
+        (text, missing), _ = world.run(die, how, but=(1,))
+    assert missing == [1] and "[c10d_" in text
+
+
+def stay_away(rank: int) -> str:
+    if rank == 1:
+        time.sleep(2)
+        return ""
+    with pytest.raises(PeerError) as error:
+        dist.all_reduce(torch.ones(1))
+    return str(error.value)
+
+
+def test_the_timeout_of_the_group_is_the_deadline_of_a_collective() -> None:
+    with World(2, seconds=0.5) as world:
+        assert "rank" in world.run(stay_away)[0]
+
+
+def come_alone(rank: int) -> list[int]:
+    if rank == 1:
+        return []
+    store = dist.HashStore()
+    with pytest.raises(PeerError, match="ranks 1 did not come within 0.3 s") as error:
+        dist.init_process_group("commplane", store=store, rank=0, world_size=2, timeout=timedelta(seconds=0.3))
+    return list(error.value.missing_ranks)
+
+
+def test_a_rank_that_does_not_come_to_init_process_group_is_named() -> None:
+    with World(2, backend=None) as world:
+        assert world.run(come_alone) == [[1], []]
+
+
+def differ(rank: int) -> str:
+    with pytest.raises((MismatchError, PeerError)) as error:
+        dist.all_reduce(torch.ones(3 + rank))
+    with pytest.raises(CommunicatorError):
+        dist.all_reduce(torch.ones(3))
+    return type(error.value).__name__
+
+
+def test_ranks_that_call_with_other_sizes_are_told() -> None:
+    with World(2) as world:
+        assert "MismatchError" in world.run(differ)
+
+
+def future_fails(rank: int) -> str:
+    if rank == 1:
+        os._exit(3)
+    future = dist.all_reduce(torch.ones(4), async_op=True).get_future()
+    with pytest.raises((RuntimeError, PeerError)) as error:
+        future.wait()
+    return str(error.value)
+
+
+def test_the_future_of_a_collective_that_failed_fails_with_its_text() -> None:
+    with World(2) as world:
+        assert "PeerError" in world.run(future_fails, but=(1,))[0]
+
+
+def abort(rank: int) -> str:
+    if rank == 1:
+        time.sleep(0.3)
+        dist.distributed_c10d._abort_process_group()
+        return ""
+    with pytest.raises(PeerError) as error:
+        dist.all_reduce(torch.ones(1))
+    return str(error.value)
+
+
+def test_a_rank_that_aborts_its_group_lets_the_others_go() -> None:
+    if not hasattr(dist.distributed_c10d, "_abort_process_group"):
+        pytest.skip("wants torch 2.6 or newer: older ones cannot abort a process group")
+    with World(2) as world:
+        assert "1" in world.run(abort)[0]
