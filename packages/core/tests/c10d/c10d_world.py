@@ -75,7 +75,7 @@ class World:
         while open_:
             ready = wait(list(open_), max(0.0, deadline - time.monotonic()))
             if not ready:
-                errors.update({r: f"no answer within {SECONDS:g} s" for r in open_.values()})
+                errors.update(dict.fromkeys(open_.values(), f"no answer within {SECONDS:g} s"))
                 break
             for end in ready:
                 assert isinstance(end, Connection)
@@ -110,9 +110,7 @@ class World:
         self.close()
 
 
-def _serve(
-    end: Connection, rank: int, ranks: int, backend: str | None, port: int, seconds: float, env: dict[str, str]
-) -> None:
+def _serve(end: Connection, rank: int, ranks: int, backend: str | None, port: int, seconds: float, env: dict[str, str]) -> None:
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), **env})
     torch.set_num_threads(1)
     try:

@@ -36,7 +36,14 @@ def die(rank: int, how: str) -> tuple[str, list[int]]:
     return str(error.value), list(error.value.missing_ranks)
 
 
-@pytest.mark.parametrize("how", ["waited for", "in the background", "functional", "gathered", "barrier"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "in the background",
+        "functional",
+        *(pytest.param(h, marks=pytest.mark.long) for h in ("waited for", "gathered", "barrier")),
+    ],
+)
 def test_a_rank_that_died_is_named_by_the_error_of_a_collective(how: str) -> None:
     with World(2) as world:
         (text, missing), _ = world.run(die, how, but=(1,))

@@ -50,7 +50,7 @@ def check_unwatched(rank: int) -> None:
     kept = torch.full((2,), float(rank + 1))
     for _ in range(20):
         dist.all_reduce(torch.full((50_000,), 1.0), async_op=True)
-        gc.collect()
+    gc.collect()
     dist.all_reduce(kept, async_op=True)
     gc.collect()
     deadline = time.monotonic() + 10
