@@ -85,9 +85,8 @@ class Engine:
     def problem(self) -> str | None:
         """Why the adapter must not touch the installed engine, in one sentence; None if it may. Local, imports nothing."""
         found = self.version
-        wrong = (
-            [] if found is not None and _within(found, self.versions) else [f"wanted {self.name}{self.versions}, found {found}"]
-        )
+        known = found is not None and _within(found, self.versions)
+        wrong = [] if known else [f"wanted {self.name}{self.versions}, found {found or 'none installed'}"]
         if found is not None:
             wrong += self._differences(self.seams)
         if not wrong:
