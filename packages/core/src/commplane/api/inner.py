@@ -27,13 +27,10 @@ class InnerGroup(Protocol):
         """Names of what its plan holds, in order; equal on its ranks."""
 
     def bind(self, collective: Collective, op: ReduceOp | None, dtype: Any, *, in_place: bool) -> Callable[..., Any]:
-        """The callable for one (collective, op, torch dtype), as `CommBackend.bind` gives it; which backend runs goes by size. Local.
+        """The callable for one (collective, op, torch dtype), as `CommBackend.bind` gives it. Local.
 
-        Bound anew after each `init_workspace`.
+        Which backend runs goes by size. Bound anew after each `init_workspace`.
         """
-
-    def runs(self, collective: Collective, dtype: str, nbytes: int) -> str:
-        """The backend that has a message of this size, or an empty text where none has it. Local."""
 
     def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
         """Build what its backends need; for `init_workspace` of the backend that owns it. Collective over its ranks."""

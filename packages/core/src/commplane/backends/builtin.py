@@ -79,6 +79,8 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
                 # Backends inside the hosts and between them, in the order of preference; auto for that of priority.
                 "inside": "auto",
                 "between": "auto",
+                # auto, leaders or shards.
+                "algorithm": "auto",
                 # Seconds that a rank which another one waited for in vain has to answer, before it is named as lost.
                 "patience": 5.0,
             },

@@ -50,11 +50,6 @@ class Inner:
         name = names[collective] if in_place and collective in names else collective.value
         return DispatchTable(self._who, self._plan, self._named)[name, None if op is None else op.value, dtype]
 
-    def runs(self, collective: Collective, dtype: str, nbytes: int) -> str:
-        """By the plan's routes."""
-        op = ReduceOp.SUM if collective.reduces else None
-        return next((r.backend for r in self._plan.serving(collective, op, dtype) if r.serves(nbytes)), "")
-
     def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
         """Of each backend; if one raises, what the ones before it built is closed."""
         built: list[Workspace] = []

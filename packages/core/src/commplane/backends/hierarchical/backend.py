@@ -48,6 +48,7 @@ class Hierarchical(CommBackend):
             raise ConfigError(f"{context.who} wanted a context that makes inner groups, found none: open it through a plane")
         self._context = context
         self._shape = shape = Shape.of(context.facts, context.ranks, context.ranks[context.rank])
+        self._ranges = ways.sizes(shape, context.options["algorithm"])
         self._patience = float(context.options["patience"])
         inside, between = (_words(context.options[name]) for name in ("inside", "between"))
         if len(shape.mine) > 1:
@@ -67,8 +68,8 @@ class Hierarchical(CommBackend):
     def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
         """What the inner groups need for it. Collective."""
         need = [r for r in requirements if r.collective is Collective.ALL_REDUCE]
-        parts = (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.ALL_GATHER, Collective.BROADCAST)
-        inner = [Requirement(part, r.dtype, r.max_bytes) for r in need for part in parts]
+        parts = (Collective.ALL_REDUCE, Collective.ALL_GATHER, Collective.BROADCAST)
+        inner = [Requirement(part, r.dtype, min(r.max_bytes, ways.PIECE)) for r in need for part in parts]
         built: list[Workspace] = []
         try:
             for group in (self._inside, self._between):
@@ -83,7 +84,7 @@ class Hierarchical(CommBackend):
     def ranges(self, collective: Collective, dtype: str, capturing: bool = False) -> list[SizeRange]:
         """All sizes, with the way and what runs on both levels."""
         inside, between = self._runs
-        return [SizeRange(r.low, r.high, f"{r.algorithm}: {inside} inside, {between} between") for r in ways.sizes(self._shape)]
+        return [SizeRange(r.low, r.high, f"{r.algorithm}: {inside} inside, {between} between") for r in self._ranges]
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """In place; any shape and layout."""
@@ -104,31 +105,31 @@ class Hierarchical(CommBackend):
             raise UnsupportedOperation(f"{context.who} wanted all_reduce, found {collective}")
         if op is ReduceOp.AVG and not dtype.is_floating_point:
             raise UnsupportedOperation(f"{context.who} op avg wants a floating-point tensor, found {dtype}: use sum and divide")
-        reduce = ways.bound(self._shape, self._inside, self._between, op, dtype, context.world_size)
+        reduce = ways.bound(self._shape, self._ranges, self._inside, self._between, op, dtype, context.world_size)
 
         def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
             self._check(tensor)
+            source = tensor.detach()
             if in_place:
                 refuse_overlap(tensor, context.who)
-            source = tensor.detach()
-            if source.is_neg() or not source.is_contiguous():
-                source = source.resolve_neg().contiguous()
-            if source.numel():
+                ready = source.is_contiguous() and not source.is_neg()
+                out = source if ready else source.resolve_neg().contiguous()
+            else:
+                out = source.resolve_neg().clone(memory_format=torch.contiguous_format)
+            if out.numel():
                 began = time.monotonic()
                 try:
-                    out = reduce(source.view(-1)).view(source.shape)
+                    reduce(out.view(-1))
                 except PeerError as error:
                     raise self._lost(error, time.monotonic() - began) from error
                 except CommunicatorError:
                     self.abort()
                     raise
-            else:
-                out = source.clone()
-            if in_place:
-                source = tensor.detach()
+            if not in_place:
+                return out
+            if out is not source:
                 source.copy_(out)
-                return tensor
-            return out
+            return tensor
 
         return all_reduce
 

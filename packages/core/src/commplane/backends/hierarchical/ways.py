@@ -1,18 +1,19 @@
-"""The data plane: the ways to reduce in two levels, each from a contiguous tensor of one dimension to a new one.
+"""The data plane: the ways to reduce in two levels, in place in a contiguous tensor of one dimension.
 
 ::
 
-    exchange   all_reduce inside; counterparts exchange all of it                     two steps, all bytes between
-    shards     reduce_scatter inside; counterparts exchange a part; all_gather inside  each byte crosses once from a host
-    leaders    all_reduce inside; the first ranks exchange all of it; broadcast inside for hosts with unequal numbers of ranks
+    leaders   all_reduce inside each host; the hosts' first ranks meet; they broadcast inside
+    shards    all_reduce inside each host; each rank meets its counterparts for a part; each broadcasts its part inside
 
-"Exchange" is an all-gather whose rows each rank adds up itself in the order of hosts, which takes one step where an all-reduce
-takes two, and as many bytes between two hosts. From three hosts up, large messages go by the transport's own all-reduce.
+Both send as little between hosts as there can be, where a flat ring over the ranks of two hosts of k sends 2 - 1/k times as much.
+Messages go in pieces that stay in the cache between the steps. Shards use as many connections between two hosts as each has ranks.
+Where ranks meet between hosts, what is small is gathered and added up by each in the order of hosts, in one step; what is large
+goes by the transport's own all-reduce, which takes two and sends less over three hosts and more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,33 +23,52 @@ from commplane.api import Collective, InnerGroup, ReduceOp, SizeRange
 from commplane.backends.hierarchical.combine import combine
 from commplane.backends.hierarchical.losses import BetweenHosts
 from commplane.backends.hierarchical.shape import Shape
-from commplane.errors import PeerError
+from commplane.errors import ConfigError, PeerError
 
-__all__ = ["Way", "bound", "sizes"]
+__all__ = ["PIECE", "Way", "bound", "sizes"]
 
-Way = Callable[[Tensor], Tensor]
+Way = Callable[[Tensor], object]
+"""Reduces its argument in place."""
 
-SHARDS_FROM = 16384
-"""Bytes of a message from which shards are faster than the exchange of all of it; measured, see docs/several-hosts.md."""
+PIECE = 1 << 20
+"""Bytes that go through all steps before the next: of 256 KiB to all at once the fastest, see docs/several-hosts.md."""
 
-RING_FROM = 65536
-"""Bytes that a rank exchanges from which, over three hosts and more, the transport's all-reduce is taken: less traffic."""
+SHARDS_FROM = 16 << 20
+"""Bytes of a message from which each rank has a part: below, waking all ranks of a host costs more than their links give."""
+
+PAIR_RING_FROM, RING_FROM = 512 << 10, 64 << 10
+"""Bytes from which ranks meet by the transport's all-reduce, between two hosts and between more."""
 
 
-def sizes(shape: Shape) -> list[SizeRange]:
-    """Which way has which sizes, of a message of a rank. Pure."""
-    if not shape.even:
-        return [SizeRange(0, None, "leaders")]
-    return [SizeRange(0, SHARDS_FROM, "exchange"), SizeRange(SHARDS_FROM, None, "shards")]
+def sizes(shape: Shape, algorithm: str = "auto") -> list[SizeRange]:
+    """Which way has which sizes, of a message of a rank. Pure.
+
+    Raises:
+        ConfigError: there is no such way, or not for hosts with unequal numbers of ranks.
+    """
+    possible = ("leaders", "shards") if shape.even else ("leaders",)
+    if algorithm not in ("auto", *possible):
+        wanted = ", ".join(("auto", *possible))
+        raise ConfigError(f"setting hierarchical.algorithm: wanted {wanted} for this group, found {algorithm!r}")
+    if algorithm != "auto" or not shape.even:
+        return [SizeRange(0, None, "leaders" if algorithm == "auto" else algorithm)]
+    return [SizeRange(0, SHARDS_FROM, "leaders"), SizeRange(SHARDS_FROM, None, "shards")]
 
 
 def bound(
-    shape: Shape, inside: InnerGroup | None, between: InnerGroup | None, op: ReduceOp, dtype: torch.dtype, ranks: int
+    shape: Shape,
+    ranges: Sequence[SizeRange],
+    inside: InnerGroup | None,
+    between: InnerGroup | None,
+    op: ReduceOp,
+    dtype: torch.dtype,
+    ranks: int,
 ) -> Way:
     """The way for every size. Local; what is returned is collective over the group.
 
     Args:
         shape: of the group.
+        ranges: as `sizes` gave them.
         inside: this host's ranks; None where it has one.
         between: those that this rank meets between the hosts; None where it meets none.
         op: reduction.
@@ -60,61 +80,71 @@ def bound(
     def call(group: InnerGroup, collective: Collective, in_place: bool = False) -> Callable[..., Any]:
         return group.bind(collective, first if collective.reduces else None, dtype, in_place=in_place)
 
-    across = None if between is None else _across(call, between, len(shape.hosts), op, ranks)
-    if not shape.even:
-        return _leaders(call, inside, across)
-    assert inside is not None and across is not None
-    exchange, shards = _exchange(call, inside, across), _shards(call, inside, across, len(shape.mine))
-    return lambda flat: exchange(flat) if flat.nbytes < SHARDS_FROM else shards(flat)
+    meet = None if between is None else _meeting(call, between, first, ranks if op is ReduceOp.AVG else 1)
+    if inside is None:
+        assert meet is not None  # the only rank of a host meets the others
+        ways = {r.algorithm: meet for r in ranges}
+    else:
+        reduce, spread = call(inside, Collective.ALL_REDUCE, True), call(inside, Collective.BROADCAST)
+        made = {"leaders": _leaders, "shards": _shards}
+        ways = {r.algorithm: made[r.algorithm](shape, reduce, meet, spread) for r in ranges}
+    piece = PIECE // dtype.itemsize
+    limit, small, large = ranges[-1].low, ways[ranges[0].algorithm], ways[ranges[-1].algorithm]
+
+    def reduce_in_pieces(flat: Tensor) -> None:
+        way = small if flat.nbytes < limit else large
+        if flat.numel() <= piece:
+            way(flat)
+        else:
+            for at in range(0, flat.numel(), piece):
+                way(flat[at : at + piece])
+
+    return reduce_in_pieces
 
 
-def _across(call: Callable[..., Any], between: InnerGroup, hosts: int, op: ReduceOp, ranks: int) -> Way:
-    """What each host has as one. The argument may be overwritten."""
+def _meeting(call: Callable[..., Any], between: InnerGroup, op: ReduceOp, divisor: int) -> Way:
+    """What each host has as one, and that divided for a mean."""
+    hosts = len(between.ranks)
     all_gather, all_reduce_ = call(between, Collective.ALL_GATHER), call(between, Collective.ALL_REDUCE, True)
+    limit = PAIR_RING_FROM if hosts == 2 else RING_FROM
 
-    def across(mine: Tensor) -> Tensor:
+    def meet(part: Tensor) -> None:
         try:
-            if hosts > 2 and mine.nbytes >= RING_FROM:
-                all_reduce_(mine)
-                return mine.div_(ranks) if op is ReduceOp.AVG else mine
-            parts = all_gather(mine)
+            if part.nbytes >= limit:
+                all_reduce_(part)
+            else:
+                combine(all_gather(part).view(hosts, -1), op, part)
         except PeerError as error:
             raise BetweenHosts(str(error), error.missing_ranks) from error
-        return combine(parts.view(hosts, -1), op, ranks)
+        if divisor > 1:
+            part.div_(divisor)
 
-    return across
-
-
-def _exchange(call: Callable[..., Any], inside: InnerGroup, across: Way) -> Way:
-    all_reduce = call(inside, Collective.ALL_REDUCE)
-    return lambda flat: across(all_reduce(flat))
+    return meet
 
 
-def _shards(call: Callable[..., Any], inside: InnerGroup, across: Way, count: int) -> Way:
-    reduce_scatter, all_gather = call(inside, Collective.REDUCE_SCATTER), call(inside, Collective.ALL_GATHER)
+def _leaders(shape: Shape, reduce: Way, meet: Way | None, spread: Callable[[Tensor, int], object]) -> Way:
+    first = meet if shape.place == 0 else None
 
-    def shards(flat: Tensor) -> Tensor:
-        n = flat.numel()
-        if n % count:
-            padded = flat.new_zeros(-(-n // count) * count)
-            padded[:n] = flat
-            flat = padded
-        return all_gather(across(reduce_scatter(flat)))[:n]  # type: ignore[no-any-return]
-
-    return shards
-
-
-def _leaders(call: Callable[..., Any], inside: InnerGroup | None, across: Way | None) -> Way:
-    if inside is None:
-        assert across is not None
-        alone = across
-        return lambda flat: alone(flat.clone())
-    all_reduce, broadcast = call(inside, Collective.ALL_REDUCE), call(inside, Collective.BROADCAST)
-
-    def leaders(flat: Tensor) -> Tensor:
-        mine: Tensor = all_reduce(flat)
-        if across is not None:
-            mine = across(mine)
-        return broadcast(mine, 0)  # type: ignore[no-any-return]
+    def leaders(flat: Tensor) -> None:
+        reduce(flat)
+        if first is not None:
+            first(flat)
+        spread(flat, 0)
 
     return leaders
+
+
+def _shards(shape: Shape, reduce: Way, meet: Way | None, spread: Callable[[Tensor, int], object]) -> Way:
+    assert meet is not None  # each has counterparts
+    count, place, counterparts = len(shape.mine), shape.place, meet
+
+    def shards(flat: Tensor) -> None:
+        reduce(flat)
+        parts = flat.tensor_split(count)
+        if parts[place].numel():
+            counterparts(parts[place])
+        for owner, part in enumerate(parts):
+            if part.numel():
+                spread(part, owner)
+
+    return shards
