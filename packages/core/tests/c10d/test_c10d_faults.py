@@ -36,14 +36,10 @@ def die(rank: int, how: str) -> tuple[str, list[int]]:
     return str(error.value), list(error.value.missing_ranks)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "in the background",
-        "functional",
-        *(pytest.param(h, marks=pytest.mark.long) for h in ("waited for", "gathered", "barrier")),
-    ],
-)
+LONG = [pytest.param(how, marks=pytest.mark.long) for how in ("waited for", "gathered", "barrier")]
+
+
+@pytest.mark.parametrize("how", ["in the background", "functional", *LONG])
 def test_a_rank_that_died_is_named_by_the_error_of_a_collective(how: str) -> None:
     with World(2) as world:
         (text, missing), _ = world.run(die, how, but=(1,))
@@ -68,7 +64,7 @@ def come_alone(rank: int) -> list[int]:
     if rank == 1:
         return []
     store = dist.HashStore()
-    with pytest.raises(PeerError, match="ranks 1 did not come within 0.3 s") as error:
+    with pytest.raises(PeerError, match=r"ranks 1 did not come within 0\.3 s") as error:
         dist.init_process_group("commplane", store=store, rank=0, world_size=2, timeout=timedelta(seconds=0.3))
     return list(error.value.missing_ranks)
 
@@ -94,10 +90,9 @@ def test_ranks_that_call_with_other_sizes_are_told() -> None:
 def future_fails(rank: int) -> str:
     if rank == 1:
         os._exit(3)
-    future = dist.all_reduce(torch.ones(4), async_op=True).get_future()
-    with pytest.raises((RuntimeError, PeerError)) as error:
-        future.wait()
-    return str(error.value)
+    with pytest.raises((RuntimeError, PeerError)) as error:  # a future has RuntimeError, with torch 2.4 the call itself raises
+        dist.all_reduce(torch.ones(4), async_op=True).get_future().wait()
+    return f"{type(error.value).__name__}: {error.value}"
 
 
 def test_the_future_of_a_collective_that_failed_fails_with_its_text() -> None:

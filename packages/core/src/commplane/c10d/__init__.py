@@ -16,9 +16,9 @@ from _commplane_autoload import register
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from commplane.runtime import Communicator
+    from commplane.runtime import Communicator, Plane
 
-__all__ = ["communicator_of", "create", "register"]
+__all__ = ["communicator_of", "create", "plane_of", "register"]
 
 
 def create(options: Any, backend_options: Any = None) -> dist.ProcessGroup:
@@ -44,6 +44,17 @@ def communicator_of(group: dist.ProcessGroup | None = None, device: str = "cpu")
     from commplane.c10d.creation import communicator_behind
 
     return communicator_behind(group, device)
+
+
+def plane_of(group: dist.ProcessGroup | None = None) -> Plane:
+    """The plane that a process group stands on, for its facts and settings. Local; the last group on it closes it.
+
+    Raises:
+        CommunicatorError: the group is not of this backend.
+    """
+    from commplane.c10d.creation import ours
+
+    return ours(group).ground.plane
 
 
 register()

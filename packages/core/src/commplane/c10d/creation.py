@@ -16,7 +16,10 @@ from commplane.c10d.group import CommplaneGroup
 from commplane.errors import CommunicatorError, PeerError
 from commplane.runtime import Communicator
 
-__all__ = ["communicator_behind", "create_group", "make_group"]
+__all__ = ["communicator_behind", "create_group", "make_group", "ours"]
+
+_ROUNDING = 0.1
+"""Seconds by which a store may end its wait too early."""
 
 
 def create_group(options: Any, backend_options: Any = None) -> CommplaneGroup:
@@ -60,7 +63,7 @@ def _meet(store: Any, ranks: Sequence[int], rank: int, name: str, timeout: timed
         try:
             store.wait([f"here/{other}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
         except RuntimeError as error:  # torch's DistStoreError, and DistNetworkError
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline - _ROUNDING:
                 raise PeerError(f"[c10d {name} rank {rank}/{len(ranks)}] the store does not answer: {error}") from error
             missing.append(ranks[other])
     if missing:
@@ -80,9 +83,14 @@ def _ground(store: Any, ranks: Sequence[int], rank: int) -> Ground:
     return Ground(plane, None if tuple(ranks) == tuple(range(len(ranks))) else tuple(ranks))
 
 
-def communicator_behind(group: dist.ProcessGroup | None, device: str) -> Communicator:
-    """See `commplane.c10d.communicator_of`."""
+def ours(group: dist.ProcessGroup | None) -> CommplaneGroup:
+    """`group`, or the default one, if it is of this backend. Local."""
     found = dist.group.WORLD if group is None else group
     if not isinstance(found, CommplaneGroup):
         raise CommunicatorError(f"wanted a process group of the backend commplane, found {found!r}")
-    return found.side(torch.device(device)).communicator
+    return found
+
+
+def communicator_behind(group: dist.ProcessGroup | None, device: str) -> Communicator:
+    """See `commplane.c10d.communicator_of`."""
+    return ours(group).side(torch.device(device)).communicator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -93,6 +94,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--startup-ranks", type=_counts, metavar="LIST", help=f"numbers of virtual ranks for --startup (default {_STARTUP_RANKS})"
     )
+    parser.add_argument(
+        "--c10d",
+        action="store_true",
+        help="dist.all_reduce through init_process_group('commplane'), beside the communicator's own call and Gloo or NCCL",
+    )
     parser.add_argument("--rounds", type=positive, default=7, help="counted rounds (default 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency against size (wants commplane[plot])")
@@ -143,6 +149,21 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError("bench: --startup-ranks is for --startup: add that, or use --ranks")
     if options.startup:
         _refuse_beside_startup(options)
+    elif options.c10d:
+        others = {
+            "--overhead": options.overhead,
+            "--plot": options.plot is not None,
+            "--collectives": options.collectives != [Collective.ALL_REDUCE],
+            "--op": options.op != "sum",
+            "--out-of-place": options.out_of_place,
+            "--graph": options.graph,
+            "--backends": options.backends is not None,
+        }
+        unfit = [name for name, given in others.items() if given]
+        if unfit:
+            raise ConfigError(
+                f"bench: --c10d measures all_reduce sum of the agreed plan as a table, found {', '.join(unfit)}: leave it out"
+            )
     elif options.overhead:
         others = {
             "--plot": options.plot is not None,
@@ -164,6 +185,7 @@ def _refuse_beside_startup(options: argparse.Namespace) -> None:
     """What --startup cannot take notice of is an error."""
     others = {
         "--overhead": options.overhead,
+        "--c10d": options.c10d,
         "--collectives": options.collectives != [Collective.ALL_REDUCE],
         "--op": options.op != "sum",
         "--out-of-place": options.out_of_place,
@@ -180,7 +202,8 @@ def _refuse_beside_startup(options: argparse.Namespace) -> None:
 
 
 Progress = Callable[[str], None]
-Answer = tuple[dict[str, Any], Sequence[Row] | Sequence[OverheadRow] | Sequence[StartupRow], str]
+Rows = Sequence[Row] | Sequence[OverheadRow] | Sequence[StartupRow] | Sequence[Any]
+Answer = tuple[dict[str, Any], Rows, str]
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -190,6 +213,8 @@ def _bench(options: argparse.Namespace) -> int:
     code = in_ranks(options)
     if code is not None:
         return code
+    if options.c10d:
+        return _c10d(options)
     refused: CommplaneError | None = None
     with ExitStack() as planes:
         plane = planes.enter_context(init())
@@ -210,6 +235,41 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _c10d(options: argparse.Namespace) -> int:
+    """Through torch.distributed. Collective over all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    import commplane.c10d
+    from commplane.bench.c10d import c10d_table, measure_c10d
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("commplane")
+    try:
+        reference = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
+        dist.all_reduce(torch.zeros(1, device=device))  # makes the communicator for the device
+        communicator = commplane.c10d.communicator_of(device=device)
+        plane = commplane.c10d.plane_of()
+        machine = describe(plane, [communicator], options.argv)
+        rows = measure_c10d(
+            plane,
+            communicator,
+            reference,
+            sizes=options.sizes or _sizes("64,1K,8K,64K,1M"),
+            dtypes=options.dtypes or ["float32"],
+            pin=pinnings(plane, [communicator], options.pin),
+            rounds=options.rounds,
+            progress=lambda text: _say(options, text) if plane.rank == 0 else None,
+        )
+        if plane.rank == 0:
+            _show(options, machine, rows, c10d_table(rows))
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
 def _say(options: argparse.Namespace, text: str) -> None:
     """Progress."""
     if not options.quiet:
@@ -219,7 +279,7 @@ def _say(options: argparse.Namespace, text: str) -> None:
 def _show(
     options: argparse.Namespace,
     machine: dict[str, Any],
-    rows: Sequence[Row] | Sequence[OverheadRow] | Sequence[StartupRow],
+    rows: Rows,
     text: str,
 ) -> None:
     """Print, and write the JSON if asked for."""
