@@ -213,6 +213,17 @@ def example_mpi(session: nox.Session) -> None:
 
 
 @nox.session
+def engines(session: nox.Session) -> None:
+    """The adapters of engines: their tests, those against the published wheels too, whose Python code runs on CPU."""
+    adapters = [p for p in PACKAGES if p.folder.name.startswith("engine-")]
+    install_wheels(session, CORE, PLUGINS["custom_ar"], *adapters)
+    install(session, *group("test"), *group("published-imports"))
+    session.install("--no-deps", *group("published"))
+    for package in adapters:  # each by itself: both have an engine beside them, and stand-ins of that name
+        session.run("pytest", "-m", "not gpu", str(package.folder / "tests"), *session.posargs)
+
+
+@nox.session
 def template(session: nox.Session) -> None:
     """Render template/ in both kinds and run all of each project's own noxfile, the kit with 2 to 4 ranks too; `-- --full`."""
     install_wheels(session, CORE, KIT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -60,18 +61,12 @@ def load() -> None:
     load_plugins()
 
 
-def group(parallel_state: Any, name: str, ranks: list[list[int]]) -> Any:
+def group(parallel_state: Any, name: str, ranks: list[list[int]], backend: str = "gloo") -> Any:
+    """A group without any of the engine's own communicators, whose switches differ from version to version."""
+    parameters = inspect.signature(parallel_state.GroupCoordinator.__init__).parameters.values()
+    off = {p.name: False for p in parameters if p.name.startswith("use_") and p.default is p.empty}
     return parallel_state.GroupCoordinator(
-        group_ranks=ranks,
-        local_rank=dist.get_rank(),
-        torch_distributed_backend="gloo",
-        use_pynccl=False,
-        use_mscclpp=False,
-        use_custom_allreduce=False,
-        use_torch_symm_mem_all_reduce=False,
-        use_hpu_communicator=False,
-        use_xpu_communicator=False,
-        group_name=name,
+        group_ranks=ranks, local_rank=dist.get_rank(), torch_distributed_backend=backend, group_name=name, **off
     )
 
 
@@ -152,16 +147,21 @@ def refused(store: Any, rank: int, world_size: int) -> list[str]:
 
 
 def published(store: Any, rank: int, world_size: int) -> dict[str, Any]:
-    """The adapter on the groups of the published SGLang itself, on CPU; what wants a GPU or a model is left out."""
+    """The published SGLang's groups on CPU, without the adapter and with it; what wants a GPU or a model is left out."""
+    everyone = [list(range(world_size))]
+    parallel_state = world_of(store, rank, world_size, "without")
+    tp = group(parallel_state, "tp", everyone)
+    alone = Model(tp).decode(1)
+    tp.destroy()
+    dist.destroy_process_group()
     load()
-    parallel_state = world_of(store, rank, world_size, "published")
-    world = group(parallel_state, "world", [list(range(world_size))])
-    tp = group(parallel_state, "tp", [list(range(world_size))])
-    served = tp.__dict__.get("commplane_served")
+    parallel_state = world_of(store, rank, world_size, "with")
+    world, tp = group(parallel_state, "world", everyone), group(parallel_state, "tp", everyone)
+    served = tp.__dict__["commplane_served"]
     with tp.graph_capture():
         captured = Model(tp).decode(1)
     out = {"tokens": Model(tp).decode(1), "captured": captured, "kept": kept(tp), "backends": served.communicator.plan.backends}
     tp.destroy()
     world.destroy()
     dist.destroy_process_group()
-    return {**out, "closed": served.communicator.closed, "file": parallel_state.__file__}
+    return {**out, "alone": alone, "closed": served.communicator.closed, "file": parallel_state.__file__}

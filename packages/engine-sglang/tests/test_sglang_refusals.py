@@ -49,11 +49,11 @@ def test_an_engine_as_it_is_known_is_no_problem(engine):
     assert ENGINE.problem() is None
 
 
-@pytest.mark.parametrize("version", ["0.5.22", "0.5.24", "0.6.0rc1", "not-a-version"])
+@pytest.mark.parametrize("version", ["0.5.20", "0.5.24", "0.6.0rc1", "not-a-version"])
 def test_another_version_is_refused_with_wanted_found_and_what_to_do(engine, version):
     engine(version=version)
     assert ENGINE.problem() == (
-        f"commplane-sglang 0.1.0 does not touch sglang: wanted sglang>=0.5.23,<0.5.24, found {version}: "
+        f"commplane-sglang 0.1.0 does not touch sglang: wanted sglang>=0.5.21,<0.5.24, found {version}: "
         "install a commplane-sglang that was made for this sglang (pip install --upgrade commplane-sglang), "
         "or start without it (SGLANG_PLUGINS with the names of the plugins that are wanted)"
     )
@@ -118,7 +118,7 @@ def test_all_that_is_wrong_is_said_at_once(engine):
 def test_where_no_sglang_is_installed_that_is_what_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "sglang").exists()])
     problem = ENGINE.problem()
-    assert problem is not None and "wanted sglang>=0.5.23,<0.5.24, found none installed" in problem
+    assert problem is not None and "wanted sglang>=0.5.21,<0.5.24, found none installed" in problem
 
 
 def test_a_refusal_hooks_nothing_but_the_creation_of_groups(engine):

@@ -78,12 +78,12 @@ def test_a_vllm_that_is_not_as_it_was_does_not_start_and_is_not_touched(engine, 
     )
 
 
-@pytest.mark.parametrize("version", ["0.32.1", "0.34.0"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0"])
 def test_another_version_does_not_start(engine, version):
     metadata = engine / "vllm-0.33.0.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("Version: 0.33.0", f"Version: {version}"))
     with pytest.raises(
-        PluginCompatibilityError, match=rf"wanted vllm>=0\.33\.0,<0\.34, found {version}: install a commplane-vllm"
+        PluginCompatibilityError, match=rf"wanted vllm>=0\.32\.0,<0\.34, found {version}: install a commplane-vllm"
     ):
         register()
 

@@ -22,7 +22,7 @@ REGISTRY = Seam("sglang.srt.plugins.hook_registry", "HookRegistry.register", ("c
 ENGINE = Engine(
     name="sglang",
     adapter="commplane-sglang",
-    versions=">=0.5.23,<0.5.24",
+    versions=">=0.5.21,<0.5.24",
     seams=(
         REGISTRY,
         Seam("sglang.srt.plugins.hook_registry", "HookRegistry.apply_hooks", ("cls",)),

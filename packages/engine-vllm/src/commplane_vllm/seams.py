@@ -11,7 +11,7 @@ _STATE = "vllm.distributed.parallel_state"
 ENGINE = Engine(
     name="vllm",
     adapter="commplane-vllm",
-    versions=">=0.33.0,<0.34",
+    versions=">=0.32.0,<0.34",
     seams=(
         Seam(
             _STATE,
