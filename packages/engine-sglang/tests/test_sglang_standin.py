@@ -33,14 +33,14 @@ def results(outcomes):
 def test_the_engine_decodes_the_same_tokens_through_the_plan():
     before = shm_leftovers()
     for without, *lives in results(run_processes(2, serve, env=lambda _: on())):
-        assert len(set(without["tokens"])) > 3 and without["calls"]["gloo"] > 50
+        assert len(set(without["tokens"])) > 3 and without["calls"]["own"] > 50
         for life in lives:
             assert life["tokens"] == life["captured"] == without["tokens"]
             assert life["halves"] == [2.0] * 3 and life["kept"] == [True] * 4
             assert life["plan"] == "custom_ar" and life["ours"] == [True, True, False]
             assert life["prepared"] == [["all_reduce", TOKENS * HIDDEN * 4]]
             # The engine captured and prepared as before, and summed only what no backend of ours has: complex64.
-            assert [life["calls"][k] for k in ("graph_capture", "pre_initialize", "gloo")] == [2, 1, 1]
+            assert [life["calls"][k] for k in ("graph_capture", "pre_initialize", "own")] == [2, 1, 1]
             assert life["closed"] and not life["world"]
     assert shm_leftovers() <= before
 

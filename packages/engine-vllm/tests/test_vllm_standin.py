@@ -26,11 +26,11 @@ def test_the_engine_decodes_the_same_tokens_through_the_plan():
     outcomes = run_processes(2, serve, env=lambda _: env)
     assert all(o.returncode == 0 for o in outcomes), "\n".join(f"{o.error}: {o.message}\n{o.output[-3000:]}" for o in outcomes)
     for without, ours in (o.result for o in outcomes):
-        assert len(set(without["tokens"])) > 3 and without["calls"]["gloo"] >= 50
+        assert len(set(without["tokens"])) > 3 and without["calls"]["own"] >= 50
         assert ours["tokens"] == ours["captured"] == without["tokens"]
         assert ours["plan"] == "custom_ar" and ours["closed"] and ours["standin"]
         assert ours["kept"] == [10.0, 5.0] and ours["halves"] == [2.0] * 3
         assert ours["prepared"] == [["all_reduce", TOKENS * HIDDEN * 4]]
         # The engine captured and destroyed as before, and summed only what no backend of ours has: complex64.
-        assert [ours["calls"][k] for k in ("graph_capture", "gloo")] == [2, 1]
+        assert [ours["calls"][k] for k in ("graph_capture", "own")] == [2, 1]
     assert shm_leftovers() <= before

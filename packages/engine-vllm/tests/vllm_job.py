@@ -64,6 +64,15 @@ def serve(store: Any, rank: int, world_size: int) -> list[dict[str, Any]]:
     return [*out, {**live(store, rank, world_size, "with"), "prepared": prepared}]
 
 
+def groups_of(parallel_state: Any, rank: int, world_size: int, backend: str = "gloo") -> tuple[Any, Any]:
+    """The groups world and tp, over all ranks."""
+    everyone = [list(range(world_size))]
+    return (
+        parallel_state.GroupCoordinator(everyone, rank, backend, use_device_communicator=False, group_name="world"),
+        parallel_state.GroupCoordinator(everyone, rank, backend, use_device_communicator=True, group_name="tp"),
+    )
+
+
 def live(store: Any, rank: int, world_size: int, name: str) -> dict[str, Any]:
     """Make groups, capture where that is possible, decode, destroy. Returns what a test asks about."""
     import vllm.config
@@ -78,9 +87,7 @@ def live(store: Any, rank: int, world_size: int, name: str) -> dict[str, Any]:
     dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
     calls = parallel_state.__dict__.setdefault("calls", Counter())
     calls.clear()
-    everyone = [list(range(world_size))]
-    world = parallel_state.GroupCoordinator(everyone, rank, "gloo", use_device_communicator=False, group_name="world")
-    tp = parallel_state.GroupCoordinator(everyone, rank, "gloo", use_device_communicator=True, group_name="tp")
+    world, tp = groups_of(parallel_state, rank, world_size)
     served = tp.__dict__.get("commplane_served")
     out: dict[str, Any] = {"standin": "vllm_standin" in parallel_state.__file__}
     with contextlib.ExitStack() as stack:

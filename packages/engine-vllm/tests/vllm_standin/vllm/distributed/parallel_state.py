@@ -1,7 +1,8 @@
-"""Groups over Gloo, and the operator that a compiled model calls. `calls` counts what the engine's own code did."""
+"""Groups over Gloo, or NCCL, and the operator that a compiled model calls. `calls` counts what the engine's own code did."""
 
 import collections
 import contextlib
+import types
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ class DeviceCommunicator:
         self.device_group = device_group
 
     def all_reduce(self, input_):
-        calls["gloo"] += 1
+        calls["own"] += 1
         out = input_.clone()
         dist.all_reduce(out, group=self.device_group)
         return out
@@ -45,7 +46,7 @@ class GroupCoordinator:
         _names[name] += 1
         _groups[self.unique_name] = self
         self.rank = dist.get_rank()
-        self.device = torch.device("cpu")
+        self.device = torch.device(f"cuda:{local_rank}" if torch_distributed_backend == "nccl" else "cpu")
         self.device_communicator = None
         for ranks in group_ranks:
             group = dist.new_group(ranks, backend=torch_distributed_backend)
@@ -60,7 +61,13 @@ class GroupCoordinator:
     @contextlib.contextmanager
     def graph_capture(self, graph_capture_context=None):
         calls["graph_capture"] += 1
-        yield graph_capture_context or "context"
+        if self.device.type == "cpu":
+            yield graph_capture_context or "context"
+            return
+        context = graph_capture_context or types.SimpleNamespace(stream=torch.cuda.Stream())
+        context.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(context.stream):
+            yield context
 
     def all_reduce(self, input_):
         if self.world_size == 1:

@@ -1,7 +1,8 @@
-"""Groups over Gloo. `calls` counts what the engine's own code did, so that a test can tell who summed."""
+"""Groups over Gloo, or NCCL. `calls` counts what the engine's own code did, so that a test can tell who summed."""
 
 import collections
 import contextlib
+import types
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ class GroupCoordinator:
         _names[name] += 1
         _groups[self.unique_name] = self
         self.rank = dist.get_rank()
-        self.device = torch.device("cpu")
+        self.device = torch.device(f"cuda:{local_rank}" if torch_distributed_backend == "nccl" else "cpu")
         self.device_group = None
         for ranks in group_ranks:
             group = dist.new_group(ranks, backend=torch_distributed_backend)
@@ -54,7 +55,13 @@ class GroupCoordinator:
     @contextlib.contextmanager
     def graph_capture(self, graph_capture_context=None, stream=None):
         calls["graph_capture"] += 1
-        yield graph_capture_context or "context"
+        if self.device.type == "cpu":
+            yield graph_capture_context or "context"
+            return
+        context = graph_capture_context or types.SimpleNamespace(stream=stream or torch.cuda.Stream())
+        context.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(context.stream):
+            yield context
 
     def all_reduce(self, input_):
         if self.world_size == 1:
@@ -71,7 +78,7 @@ class GroupCoordinator:
         return out
 
     def _all_reduce_in_place(self, input_):
-        calls["gloo"] += 1
+        calls["own"] += 1
         dist.all_reduce(input_, group=self.device_group)
 
     def destroy(self):
