@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from commplane.errors import CommplaneError, CommunicatorError
 from commplane.testing import run_threads
@@ -154,3 +155,19 @@ def test_a_communicator_that_cannot_be_formed_ends_the_start_of_the_engine():
         patch.setattr("torch.distributed.get_world_size", lambda: 2)
         with pytest.raises(CommunicatorError, match=r"\[tp:0\] no"):
             groups.attach(Group("tp"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("numerics", "at_work"), [("any", False), ("rank_order", True)])
+def test_who_asks_for_the_same_bits_in_every_batch_gets_sums_in_rank_order_or_the_engines(monkeypatch, caplog, numerics, at_work):
+    monkeypatch.setenv("SGLANG_ENABLE_DETERMINISTIC_INFERENCE", "1")
+    monkeypatch.setenv("COMMPLANE_NUMERICS", numerics)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", HashStore)
+    with caplog.at_level(logging.WARNING):
+        assert Groups(ENGINE, PURPOSES, logging.getLogger("test"))._vote() is at_work
+    text = (
+        "all ranks go on without commplane-sglang: wanted numerics=rank_order, because SGLANG_ENABLE_DETERMINISTIC_INFERENCE asks"
+    )
+    assert (text in caplog.text) is not at_work

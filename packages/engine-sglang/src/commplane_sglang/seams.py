@@ -37,6 +37,7 @@ ENGINE = Engine(
         Seam(_CONTEXT, "get_schedule", ()),
     ),
     leave_out="start without it (SGLANG_PLUGINS with the names of the plugins that are wanted)",
+    repeatable="SGLANG_ENABLE_DETERMINISTIC_INFERENCE",
 )
 
 # Names that SGLang gives to groups that sum activations. World, pipeline and data-parallel groups have other work.

@@ -27,6 +27,7 @@ ENGINE = Engine(
         Seam("vllm.config.model", "ModelConfig.get_hidden_size", ("self",)),
     ),
     leave_out="start without it (VLLM_PLUGINS with the names of the plugins that are wanted)",
+    repeatable="VLLM_BATCH_INVARIANT",
 )
 
 # Names that vLLM gives to groups that sum activations. World, pipeline and data-parallel groups have other work.

@@ -7,6 +7,7 @@ order. What is called here is collective unless it says local.
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,7 +154,7 @@ class Groups:
             {
                 "adapter": f"{engine.adapter} {version(engine.adapter)}",
                 "engine": f"{engine.name} {engine.version}",
-                "problem": self.problem,
+                "problem": self.problem or self._not_repeatable(settings.numerics),
             },
             settings.startup,
             f"[{engine.adapter} rank {rank}/{dist.get_world_size()}]",
@@ -162,8 +163,18 @@ class Groups:
         fix = f"make the installations equal, or {engine.leave_out}"
         at_work = active(ballots, f"[{engine.adapter} rank {rank}/{dist.get_world_size()}]", fix)
         if not at_work and rank == 0:
-            self._logger.warning("all ranks go on without %s: %s", engine.adapter, self.problem)
+            self._logger.warning("all ranks go on without %s: %s", engine.adapter, ballots[0]["problem"])
         return at_work
+
+    def _not_repeatable(self, numerics: str) -> str | None:
+        """Why sums of ours would not be what the user asked the engine for, if so. Local."""
+        name = self.engine.repeatable
+        if numerics == "rank_order" or os.environ.get(name, "").lower() not in ("1", "true", "yes", "y"):
+            return None
+        return (
+            f"wanted numerics=rank_order, because {name} asks for the same bits in every batch, found numerics={numerics}: "
+            "set COMMPLANE_NUMERICS=rank_order"
+        )
 
     def all_reduce(self, group: Any, tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What sums `tensor` into a new one over `group`; None where that is the engine's. Local, equal on every rank."""

@@ -62,6 +62,7 @@ class Engine:
         versions: the versions that the adapter was tested with, as a specifier.
         seams: what it hooks and calls.
         leave_out: how a user starts the engine without the adapter.
+        repeatable: the environment variable that asks the engine for the same bits whatever else is in a batch.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Engine:
     versions: str
     seams: tuple[Seam, ...]
     leave_out: str
+    repeatable: str
 
     @property
     def version(self) -> str | None:
