@@ -122,6 +122,23 @@ def life(parallel_state: Any, rank: int, world_size: int) -> dict[str, Any]:
     return out
 
 
+def halves(store: Any, rank: int, world_size: int) -> list[Any]:
+    """Two tensor-parallel groups side by side, as with two pipeline stages or replicas."""
+    load()
+    parallel_state = world_of(store, rank, world_size, "halves")
+    world = group(parallel_state, "world", [list(range(world_size))])
+    tp = group(parallel_state, "tp", [[0, 1], [2, 3]])
+    pp = group(parallel_state, "pp", [[0, 2], [1, 3]])
+    with tp.graph_capture() as context, pp.graph_capture(context):
+        captured = Model(tp).decode(1)
+    out = [list(tp.__dict__["commplane_served"].communicator.ranks), Model(tp).decode(1) == captured]
+    out.append(tp.all_reduce(torch.tensor([float(rank)])).item())
+    for each in (tp, pp, world):
+        each.destroy()
+    dist.destroy_process_group()
+    return out
+
+
 def kept(tp: Any) -> list[bool]:
     """Whether SGLang's operators keep what they promise: one leaves its input as it was, the other returns nothing new."""
     x = torch.ones(5)
@@ -160,7 +177,14 @@ def published(store: Any, rank: int, world_size: int) -> dict[str, Any]:
     served = tp.__dict__["commplane_served"]
     with tp.graph_capture():
         captured = Model(tp).decode(1)
-    out = {"tokens": Model(tp).decode(1), "captured": captured, "kept": kept(tp), "backends": served.communicator.plan.backends}
+    compiled = torch.compile(lambda x: tp.all_reduce(x * 2) + 1, backend="eager", fullgraph=True)
+    out = {
+        "tokens": Model(tp).decode(1),
+        "captured": captured,
+        "compiled": [compiled(torch.ones(n)).sum().item() / n for n in (4, 8, 12)],
+        "kept": kept(tp),
+        "backends": served.communicator.plan.backends,
+    }
     tp.destroy()
     world.destroy()
     dist.destroy_process_group()

@@ -32,5 +32,5 @@ def test_the_engines_own_groups_decode_through_the_plan(monkeypatch, tmp_path):
         assert "sglang_standin" not in o.result["file"]
         assert o.result["backends"][0] == "custom_ar" and o.result["closed"]
         assert o.result["tokens"] == o.result["captured"] == o.result["alone"] and len(set(o.result["tokens"])) > 3
-        assert o.result["kept"] == [True] * 4
+        assert o.result["kept"] == [True] * 4 and o.result["compiled"] == [5.0] * 3
     assert shm_leftovers() <= before

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sglang_job import HIDDEN, TOKENS, refused, serve
+from sglang_job import HIDDEN, TOKENS, halves, refused, serve
 
 from commplane.testing import run_processes, shm_leftovers
 
@@ -42,6 +42,15 @@ def test_the_engine_decodes_the_same_tokens_through_the_plan():
             # The engine captured and prepared as before, and summed only what no backend of ours has: complex64.
             assert [life["calls"][k] for k in ("graph_capture", "pre_initialize", "own")] == [2, 1, 1]
             assert life["closed"] and not life["world"]
+    assert shm_leftovers() <= before
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_groups_of_one_kind_work_side_by_side():
+    before = shm_leftovers()
+    outcomes = results(run_processes(4, halves, env=lambda _: on()))
+    assert outcomes == [[[0, 1], True, 1.0]] * 2 + [[[2, 3], True, 5.0]] * 2
     assert shm_leftovers() <= before
 
 

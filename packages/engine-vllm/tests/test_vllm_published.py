@@ -32,6 +32,6 @@ def test_the_engines_own_groups_decode_through_the_plan(monkeypatch, tmp_path):
         assert not ours["standin"] and ours["plan"] == "custom_ar" and ours["closed"]
         assert ours["tokens"] == ours["captured"] == without["tokens"] and len(set(ours["tokens"])) > 3
         assert ours["halves"] == without["halves"] == [2.0] * 3
-        assert ours["kept"] == [10.0, 5.0]
+        assert ours["kept"] == [10.0, 5.0] and ours["compiled"] == [5.0] * 3
         assert ours["prepared"] == [["all_reduce", TOKENS * HIDDEN * 4]]
     assert shm_leftovers() <= before

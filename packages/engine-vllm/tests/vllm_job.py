@@ -99,6 +99,9 @@ def live(store: Any, rank: int, world_size: int, name: str) -> dict[str, Any]:
     out["tokens"] = Model(tp).decode(1)
     out["kept"] = [parallel_state.all_reduce(x, tp.unique_name).sum().item(), x.sum().item()]
     out["halves"] = tp.all_reduce(torch.full((3,), rank + 0.5, dtype=torch.complex64)).real.tolist()
+    if not out["standin"]:
+        compiled = torch.compile(lambda x: tp.all_reduce(x * 2) + 1, backend="eager", fullgraph=True)
+        out["compiled"] = [compiled(torch.ones(n)).sum().item() / n for n in (4, 8, 12)]
     out["calls"] = dict(calls)
     if served:
         plan = served.communicator.plan
