@@ -199,6 +199,18 @@ def conformance(session: nox.Session, name: str) -> None:
 
 
 @nox.session
+def c10d(session: nox.Session) -> None:
+    """The backend of torch.distributed: its tests, the long ones too, and torch's own tests of collectives against it."""
+    install_wheels(session, CORE, PLUGINS["custom_ar"])
+    install(session, *group("test"), "expecttest")
+    folder = CORE.folder / "tests" / "c10d"
+    # What the entry point promises: a wheel that is installed is all it takes.
+    session.run("python", "-I", "-c", "import torch.distributed as d; assert 'commplane' in d.Backend.backend_list")
+    session.run("pytest", "-m", "not gpu", str(folder), *session.posargs)
+    session.run("pytest", "-m", "", str(folder / "c10d_torch_suite.py"), *session.posargs)
+
+
+@nox.session
 def example_mpi(session: nox.Session) -> None:
     """The example of an outsider's wheel: its tests, the kit and a bench, beside core's and the kit's wheels; `-- --full`."""
     example = ROOT / "examples" / "backend-mpi"

@@ -66,6 +66,7 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         self._options = backend_options
         self._sides: dict[str, Side] = {}
         self._works: list[Any] | None = None
+        self._cuda_is_ours: bool | None = None
         self._open = True
         self._lane = Lane(f"c10d {name}")
         self._cpu = self._new_side(torch.device("cpu"), fallback.gloo(store, self.ranks, rank, name, timeout), self._lane)
@@ -112,8 +113,10 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
 
     def _serves_cuda(self) -> bool:
         """Whether CUDA is ours in ``init_process_group(backend)``: not in ``cpu:commplane,cuda:nccl``. Equal on all ranks."""
-        config = dist.get_backend_config(self)
-        return dict(part.split(":") for part in str(config).split(",")).get("cuda") == "commplane"
+        if self._cuda_is_ours is None:
+            config = str(dist.get_backend_config(self))  # torch knows it once the group has been made
+            self._cuda_is_ours = dict(part.split(":") for part in config.split(",")).get("cuda") == "commplane"
+        return self._cuda_is_ours
 
     def _torch(self, tensor: torch.Tensor) -> Any:
         """The backend of torch's own for a tensor."""
@@ -161,6 +164,8 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         store = dist.PrefixStore(f"split/{name}", self._store)
         members = [self.ranks[r] for r in ranks]
         group = make_group(store, members, list(ranks).index(self.rank()), name, timeout or self._timeout, opts)
+        if self._nccl is not None:
+            group._cuda_is_ours = self._serves_cuda()
         group._set_group_name(name)
         group._set_group_desc(group_desc or "undefined")
         return group
