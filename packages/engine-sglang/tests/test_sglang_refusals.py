@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -115,10 +116,9 @@ def test_all_that_is_wrong_is_said_at_once(engine):
     assert "found no source of that module" in problem
 
 
-def test_where_no_sglang_is_installed_that_is_what_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "sglang").exists()])
-    problem = ENGINE.problem()
-    assert problem is not None and "wanted sglang>=0.5.21,<0.5.24, found none installed" in problem
+def test_where_no_engine_is_installed_that_is_what_is_said():
+    problem = replace(ENGINE, name="sglang-of-nobody").problem()
+    assert problem is not None and "wanted sglang-of-nobody>=0.5.21,<0.5.24, found none installed: install" in problem
 
 
 def test_a_refusal_hooks_nothing_but_the_creation_of_groups(engine):
