@@ -19,7 +19,7 @@ import commplane.c10d  # noqa: F401  with torch 2.4 nobody else registers it
 os.environ.setdefault("WORLD_SIZE", str(min(3, torch.cuda.device_count()) if torch.cuda.is_available() else 3))
 os.environ.setdefault("TEMP_DIR", tempfile.mkdtemp(prefix="commplane-torch-suite-"))
 os.environ["BACKEND"] = "gloo"
-from torch.testing._internal.distributed import distributed_test  # noqa: E402
+from torch.testing._internal.distributed import distributed_test
 
 SKIPPED: dict[str, str] = {}
 """Tests of torch that cannot hold for commplane, by the beginning of their names, and why."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from c10d_world import World
 
+from commplane.c10d.work import HOLDS_WORK
 from commplane.errors import CommunicatorError, MismatchError, PeerError
 
 pytestmark = pytest.mark.timeout(90)
@@ -100,6 +101,37 @@ def test_the_future_of_a_collective_that_failed_fails_with_its_text() -> None:
         assert "PeerError" in world.run(future_fails, but=(1,))[0]
 
 
+def die_in_training(rank: int) -> str:
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(torch.nn.Linear(4, 4))
+    if rank == 1:
+        os._exit(3)
+    with pytest.raises((RuntimeError, PeerError)) as error:
+        model(torch.ones(2, 4)).sum().backward()
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+def test_a_rank_that_died_is_named_where_ddp_fails() -> None:
+    with World(2) as world:
+        said = world.run(die_in_training, but=(1,))[0]
+    assert "PeerError" in said and "rank 1 has ended" in said
+
+
+def give_up(rank: int) -> str:
+    if rank == 1:
+        time.sleep(1)
+        return ""
+    work = dist.all_reduce(torch.ones(4), async_op=True)
+    time.sleep(0.1)  # it runs, and waits for rank 1
+    begin = time.monotonic()
+    dist.distributed_c10d._abort_process_group()
+    assert time.monotonic() - begin < 10
+    with pytest.raises(CommunicatorError, match="abort") as error:
+        work.wait()
+    return str(error.value)
+
+
 def abort(rank: int) -> str:
     if rank == 1:
         time.sleep(0.3)
@@ -115,3 +147,9 @@ def test_a_rank_that_aborts_its_group_lets_the_others_go() -> None:
         pytest.skip("wants torch 2.6 or newer: older ones cannot abort a process group")
     with World(2) as world:
         assert "1" in world.run(abort)[0]
+
+
+@pytest.mark.skipif(not HOLDS_WORK, reason="wants torch 2.8 or newer: older ones wait in the call")
+def test_a_group_is_aborted_while_its_collective_waits_in_the_background() -> None:
+    with World(2) as world:
+        assert "aborted by rank 0" in world.run(give_up)[0]

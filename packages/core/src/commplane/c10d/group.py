@@ -30,6 +30,9 @@ _ProcessGroup: Any = dist.ProcessGroup  # its methods have several signatures ea
 _LONGEST = 999_999.0
 """Seconds: the longest timeout that a setting takes; torch's may be longer."""
 
+_ABORTS = 5.0
+"""Seconds in which a call that was told to give up does so."""
+
 
 class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, see above
     """One process group of the backend ``commplane``. Made by torch, through `commplane.c10d.create`.
@@ -184,13 +187,15 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         self._open = False
         if wait:
             self._lane.drain()
+        else:
+            for side in self._sides.values():
+                side.communicator.abort()
+            self._lane.rest(_ABORTS)
         for side in self._sides.values():
             side.communicator._close(wait=wait)
         self._lane.close()
-        for backend in {id(b): b for b in (self._cpu.fallback, self._nccl) if b is not None}.values():
-            end = getattr(backend, "shutdown" if wait else "abort", None)
-            if end is not None:
-                end()
+        if self._nccl is not None:  # Gloo closes its connections when it is dropped
+            (self._nccl.shutdown if wait else self._nccl.abort)()
         self.ground.release(wait=wait)
 
     def __del__(self) -> None:

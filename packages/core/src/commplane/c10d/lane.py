@@ -80,6 +80,11 @@ class Lane:
         """Have the helper start at once: somebody waits who cannot run the call."""
         self._wake.set()
 
+    def rest(self, seconds: float) -> None:
+        """Return when no call runs, or after `seconds`."""
+        if self._lock.acquire(timeout=seconds):
+            self._lock.release()
+
     def close(self) -> None:
         """Let the helper end. Idempotent."""
         self._closed = True
