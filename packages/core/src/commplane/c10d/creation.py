@@ -55,23 +55,28 @@ def make_group(
 
 
 def _meet(store: Any, ranks: Sequence[int], rank: int, name: str, timeout: timedelta) -> None:
-    """Return when all ranks are here: one may come minutes after another, which is the group's timeout to allow. Collective."""
+    """Return when all ranks are here: one may come minutes after another, which is the group's timeout to allow. Collective.
+
+    A few messages a rank, however many there are.
+    """
+    who = f"[c10d {name} rank {rank}/{len(ranks)}]"
     store.set(f"here/{rank}", "")
+    if store.add("here", 1) == len(ranks):
+        store.set("everyone", "")
     deadline = time.monotonic() + timeout.total_seconds()
-    missing = []
-    for other in range(len(ranks)):
-        try:
-            store.wait([f"here/{other}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
-        except RuntimeError as error:  # torch's DistStoreError, and DistNetworkError
-            if time.monotonic() < deadline - _ROUNDING:
-                raise PeerError(f"[c10d {name} rank {rank}/{len(ranks)}] the store does not answer: {error}") from error
-            missing.append(ranks[other])
-    if missing:
+    try:
+        store.wait(["everyone"], timeout)
+    except RuntimeError as error:  # torch's DistStoreError, and DistNetworkError
+        if time.monotonic() < deadline - _ROUNDING:
+            raise PeerError(f"{who} the store does not answer: {error}") from error
+        missing = [ranks[r] for r in range(len(ranks)) if not store.check([f"here/{r}"])]
+        if not missing:  # the last one came just now
+            return
         raise PeerError(
-            f"[c10d {name} rank {rank}/{len(ranks)}] creation: ranks {', '.join(map(str, missing))} did not come "
+            f"{who} creation: ranks {', '.join(map(str, missing))} did not come "
             f"within {timeout.total_seconds():g} s: call it on all ranks, or give it a longer timeout",
             missing,
-        )
+        ) from error
 
 
 def _ground(store: Any, ranks: Sequence[int], rank: int) -> Ground:
