@@ -12,9 +12,14 @@ import torch.distributed as dist
 __all__ = ["gloo", "nccl"]
 
 
-def gloo(store: Any, ranks: Sequence[int], rank: int, name: str, timeout: timedelta) -> Any:
-    """Gloo over the group. Collective: it connects."""
-    group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, len(ranks), timeout=timeout)
+def gloo(store: Any, ranks: Sequence[int], rank: int, name: str, timeout: timedelta, connects: float) -> Any:
+    """Gloo over the group. Collective: it connects, within `connects` seconds where torch lets that be said."""
+    store = dist.PrefixStore("gloo", store)
+    if not hasattr(dist.ProcessGroupGloo, "set_timeout"):
+        group = dist.ProcessGroupGloo(store, rank, len(ranks), timeout=timeout)
+    else:
+        group = dist.ProcessGroupGloo(store, rank, len(ranks), timeout=timedelta(seconds=connects))
+        group.set_timeout(timeout)
     _name(getattr(group, "options", None), ranks, name)
     group._set_sequence_number_for_group()
     return group

@@ -72,7 +72,14 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         self._cuda_is_ours: bool | None = None
         self._open = True
         self._lane = Lane(f"c10d {name}")
-        self._cpu = self._new_side(torch.device("cpu"), fallback.gloo(store, self.ranks, rank, name, timeout), self._lane)
+        try:
+            self._cpu = self._new_side(torch.device("cpu"), self._lane)
+            # After the communicator, which has shown that all ranks can be reached, and has a vote where one cannot.
+            self._cpu.fallback = fallback.gloo(store, self.ranks, rank, name, timeout, ground.plane.config.startup)
+        except BaseException:
+            for side in self._sides.values():
+                side.communicator._close(wait=False)
+            raise
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._cpu.fallback)
         if hasattr(self, "_set_default_backend"):
             self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
@@ -82,11 +89,11 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
 
     # What the group has for which tensors.
 
-    def _new_side(self, device: torch.device, beside: Any, lane: Lane | None) -> Side:
+    def _new_side(self, device: torch.device, lane: Lane | None) -> Side:
         """Form the communicator for a type of device. Collective over the group."""
         seconds = min(self._timeout.total_seconds(), _LONGEST)
         communicator = self.ground.communicator(f"c10d_{self._label}", self.ranks, str(device), seconds)
-        side = self._sides[device.type] = Side(communicator, beside, lane, self.ground.renamed)
+        side = self._sides[device.type] = Side(communicator, lane, self.ground.renamed)
         return side
 
     def side(self, device: torch.device) -> Side:
@@ -112,7 +119,9 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
             return self._cpu  # which a shut down group has no more
         if device != "cuda" or self._nccl is None or not self._serves_cuda():
             return None
-        return self._new_side(tensor.device, self._nccl, None)
+        side = self._new_side(tensor.device, None)
+        side.fallback = self._nccl
+        return side
 
     def _serves_cuda(self) -> bool:
         """Whether CUDA is ours in ``init_process_group(backend)``: not in ``cpu:commplane,cuda:nccl``. Equal on all ranks."""
@@ -185,6 +194,8 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         if not self._open:
             return
         self._open = False
+        # Whom a fault on one device has cost this group will not come to the end of the other either.
+        wait = wait and all(side.communicator._fault is None for side in self._sides.values())
         if wait:
             self._lane.drain()
         else:

@@ -63,22 +63,20 @@ class Side:
 
     Args:
         communicator: over the group's ranks; the caller closes it.
-        fallback: torch's own backend for what the communicator has not.
         lane: in which calls go on in the background; None on CUDA, where a call only queues work for the GPU.
         renamed: the global rank of each rank of the plane, where the two differ.
 
     Attributes:
+        fallback: torch's own backend for what the communicator has not.
         all_reduce: what `Communicator.all_reduce_` takes, by op and dtype.
         reduce_scatter: likewise.
         all_gather: as which dtype elements travel.
         broadcast: likewise.
     """
 
-    def __init__(
-        self, communicator: Communicator, fallback: Any, lane: Lane | None, renamed: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, communicator: Communicator, lane: Lane | None, renamed: Sequence[int] | None = None) -> None:
         self.communicator = communicator
-        self.fallback = fallback
+        self.fallback: Any = None
         self.lane = lane
         self._renamed = renamed
         self.all_reduce = _Served(communicator, Collective.ALL_REDUCE)
