@@ -1,12 +1,12 @@
 """Several hosts on one machine, as far as communication can tell: ``python -m commplane.testing.hosts -- -m commplane doctor``.
 
-As root each host is a set of namespaces: a network of its own with one interface, joined to the others by a cable; its own
+As root each host is a set of namespaces: a network of its own with one interface, joined to the others by a bridge; its own
 ``/dev/shm``; processes that cannot see those of other hosts, all of which end with the first of them. The namespaces have no
-names and nothing on the machine can clash with their addresses; they are gone when the last process in them is, however that ends.
+names and nothing on the machine can clash with their addresses; they are gone when the last process in them is, in whatever way.
 Without root hosts are told apart by the setting ``host_alias`` alone, and share loopback. Either way a host has cores of its own
 where there are enough.
 
-    this process    a network namespace of its own (`isolated`), with a bridge where there are more than two hosts
+    this process    a network namespace of its own (`isolated`), with a bridge
       host 0..n-1   namespaces each, with eth0, 10.78.0.(host + 1)
 """
 
@@ -91,16 +91,15 @@ def loopback(count: int) -> Iterator[list[Host]]:
 
 @contextlib.contextmanager
 def namespaces(count: int) -> Iterator[list[Host]]:
-    """Hosts of namespaces, joined by a cable or a bridge. Works in a process that `isolated` has started.
+    """Hosts of namespaces, joined by a bridge. Works in a process that `isolated` has started.
 
     Raises:
         CommplaneError: a command failed; its text is shown.
     """
     holders: list[subprocess.Popen[str]] = []
     try:
-        if count != 2:
-            _run("ip", "link", "add", "name", "bridge", "type", "bridge")
-            _run("ip", "link", "set", "bridge", "up")
+        _run("ip", "link", "add", "name", "bridge", "type", "bridge")
+        _run("ip", "link", "set", "bridge", "up")
         for index in range(count):
             holder = subprocess.Popen(
                 ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "sh", "-c", _FIRST, f"host{index}"],
@@ -112,8 +111,7 @@ def namespaces(count: int) -> Iterator[list[Host]]:
             )
             holders.append(holder)
             _await(holder, index)
-        _cable([holder.pid for holder in holders])
-        yield [_host(index, count, holder) for index, holder in enumerate(holders)]
+        yield [_cabled(index, count, holder) for index, holder in enumerate(holders)]
     finally:
         for holder in holders:
             for stream in (holder.stdin, holder.stdout, holder.stderr):
@@ -156,20 +154,11 @@ def agents(
     return running
 
 
-def _cable(pids: Sequence[int]) -> None:
-    """Give each network an ``eth0``: the two ends of one cable, or each one's to the bridge."""
-    add = ("ip", "link", "add", "name")
-    if len(pids) == 2:
-        one, other = map(str, pids)
-        _run(*add, "eth0", "netns", one, "type", "veth", "peer", "name", "eth0", "netns", other)
-        return
-    for index, pid in enumerate(pids):
-        _run(*add, f"host{index}", "type", "veth", "peer", "name", "eth0", "netns", str(pid))
-        _run("ip", "link", "set", f"host{index}", "master", "bridge", "up")
-
-
-def _host(index: int, count: int, holder: subprocess.Popen[str]) -> Host:
-    address = f"10.78.0.{index + 1}"
+def _cabled(index: int, count: int, holder: subprocess.Popen[str]) -> Host:
+    # To a bridge and not to each other: a cable is gone at both ends when the network at one end is.
+    outer, address = f"host{index}", f"10.78.0.{index + 1}"
+    _run("ip", "link", "add", "name", outer, "type", "veth", "peer", "name", "eth0", "netns", str(holder.pid))
+    _run("ip", "link", "set", outer, "master", "bridge", "up")
     of = f"/proc/{holder.pid}/ns"
     spaces = {"net": "net", "mount": "mnt", "uts": "uts", "pid": "pid_for_children"}
     inside = ("nsenter", *(f"--{kind}={of}/{name}" for kind, name in spaces.items()), f"--wd={Path.cwd()}")

@@ -26,10 +26,11 @@ def explain(context: BuildContext, shape: Shape, error: PeerError, patience: flo
         waited: seconds that the call had taken when it failed.
     """
     assert context.inner is not None
+    ended = context.facts.dead(shape.mine)  # before anybody leaves because of this
     suspects = _suspects(shape, error)
     missing = context.inner.find_missing(suspects, patience)
     if missing is None:  # the store does not answer
-        missing = _alone(context, shape, error, waited)
+        missing = _alone(context, shape, error, ended, waited)
         how = "the control plane does not answer, so who is gone was taken from what this rank saw"
     else:
         how = f"asked over the control plane for up to {patience:g} s" if missing else "each rank that was suspected answered"
@@ -45,11 +46,10 @@ def _suspects(shape: Shape, error: PeerError) -> list[list[int]]:
     return [list(shape.host_of(r)) for r in blamed if r != shape.rank]
 
 
-def _alone(context: BuildContext, shape: Shape, error: PeerError, waited: float) -> tuple[int, ...]:
+def _alone(context: BuildContext, shape: Shape, error: PeerError, ended: tuple[int, ...], waited: float) -> tuple[int, ...]:
     """The same without the others."""
     others = [host for host in shape.hosts if shape.rank not in host]
     if not isinstance(error, BetweenHosts):
-        ended = context.facts.dead(shape.mine)
         if ended:
             return ended
         if waited >= 0.9 * context.timeout:
