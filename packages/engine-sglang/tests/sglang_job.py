@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from commplane.errors import CommplaneError
+from commplane.errors import CaptureError, CommplaneError
 
 HIDDEN, INNER, VOCAB, STEPS = 32, 64, 97, 12
 TOKENS = 64  # the stand-in's largest prefill
@@ -98,10 +99,17 @@ def life(parallel_state: Any, rank: int, world_size: int) -> dict[str, Any]:
     runner = BaseRunner(SimpleNamespace(model_config=SimpleNamespace(hidden_size=HIDDEN), dtype=torch.float32))
     runner.warmup()
     model = Model(tp)
+    refused = ""
     with tp.graph_capture() as context, pp.graph_capture(context):
         captured = model.decode(1)
+        try:
+            if served:
+                served.communicator.compare("a step of the control plane", {})
+        except CaptureError as error:
+            refused = str(error)
     out = {
         "captured": captured,
+        "refused": refused,
         "tokens": model.decode(1),
         "halves": tp.all_reduce(torch.full((3,), rank + 0.5, dtype=torch.complex64)).real.tolist(),
         "kept": kept(tp),
@@ -150,7 +158,8 @@ def kept(tp: Any) -> list[bool]:
 def refused(store: Any, rank: int, world_size: int) -> list[str]:
     """The first group where rank 1 has not loaded the adapter, then where it has, for an engine that it does not know."""
     out = []
-    for name in ("absent", "refused"):
+    for name, seconds in (("absent", "1.5"), ("refused", "60")):
+        os.environ["COMMPLANE_TIMEOUT"] = seconds
         if rank == 0 or name == "refused":
             load()
         parallel_state = world_of(store, rank, world_size, name)

@@ -39,6 +39,7 @@ def test_the_engine_decodes_the_same_tokens_through_the_plan():
             assert life["halves"] == [2.0] * 3 and life["kept"] == [True] * 4
             assert life["plan"] == "custom_ar" and life["ours"] == [True, True, False]
             assert life["prepared"] == [["all_reduce", TOKENS * HIDDEN * 4]]
+            assert "inside a capture" in life["refused"]  # the plane captured, too
             # The engine captured and prepared as before, and summed only what no backend of ours has: complex64.
             assert [life["calls"][k] for k in ("graph_capture", "pre_initialize", "own")] == [2, 1, 1]
             assert life["closed"] and not life["world"]
@@ -66,7 +67,7 @@ def renamed(tmp_path):
 @pytest.mark.timeout(120)
 def test_a_rank_without_the_adapter_is_named_and_a_refusal_is_everybodys(tmp_path):
     engines = [STANDIN, renamed(tmp_path)]
-    ranks = results(run_processes(2, refused, env=lambda r: on(engines[r], COMMPLANE_TIMEOUT="3")))
+    ranks = results(run_processes(2, refused, env=lambda r: on(engines[r])))
     (absent, refusal), (started, same) = ranks
     assert started == "started"
     assert absent.startswith(

@@ -31,6 +31,7 @@ def test_the_engine_decodes_the_same_tokens_through_the_plan():
         assert ours["plan"] == "custom_ar" and ours["closed"] and ours["standin"]
         assert ours["kept"] == [10.0, 5.0] and ours["halves"] == [2.0] * 3
         assert ours["prepared"] == [["all_reduce", TOKENS * HIDDEN * 4]]
+        assert "inside a capture" in ours["refused"]  # the plane captured, too
         # The engine captured and destroyed as before, and summed only what no backend of ours has: complex64.
         assert [ours["calls"][k] for k in ("graph_capture", "own")] == [2, 1]
     assert shm_leftovers() <= before

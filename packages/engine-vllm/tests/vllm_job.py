@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from commplane import Communicator
+from commplane.errors import CaptureError
 
 HIDDEN, INNER, VOCAB, STEPS, TOKENS = 32, 64, 97, 12, 64
 
@@ -95,6 +96,11 @@ def live(store: Any, rank: int, world_size: int, name: str) -> dict[str, Any]:
             context = stack.enter_context(tp.graph_capture())
             stack.enter_context(world.graph_capture(context))
         out["captured"] = Model(tp).decode(1)
+        try:
+            if served and out["standin"]:
+                served.communicator.compare("a step of the control plane", {})
+        except CaptureError as error:
+            out["refused"] = str(error)
     x = torch.ones(5)
     out["tokens"] = Model(tp).decode(1)
     out["kept"] = [parallel_state.all_reduce(x, tp.unique_name).sum().item(), x.sum().item()]
