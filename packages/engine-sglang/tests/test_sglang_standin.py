@@ -19,9 +19,9 @@ def flight_records(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("COMMPLANE_FLIGHT_DIR", str(tmp_path_factory.mktemp("flight")))
 
 
-def on(engine=STANDIN, plugins="commplane", **env):
+def on(engine=STANDIN):
     path = os.pathsep.join(filter(None, [str(engine), os.environ.get("PYTHONPATH", "")]))
-    return {"PYTHONPATH": path, "SGLANG_PLUGINS": plugins, "COMMPLANE_TIMEOUT": "30", **env}
+    return {"PYTHONPATH": path, "SGLANG_PLUGINS": "commplane", "COMMPLANE_TIMEOUT": "30"}
 
 
 def results(outcomes):
