@@ -25,7 +25,7 @@ from commplane.agree import (
     exchange_facts,
     setback,
 )
-from commplane.api import CommBackend, GroupKey, SyncSpec
+from commplane.api import CommBackend, GroupKey, ParallelLayout, SyncSpec
 from commplane.config import Config
 from commplane.errors import (
     AgreementError,
@@ -244,6 +244,38 @@ class Plane:
             raise
         self.plugins.notify("commplane_plan_committed", communicator=out)
         return out
+
+    def groups(
+        self, layout: ParallelLayout, families: Sequence[str] | None = None, *, prefix: str = "", **options: Any
+    ) -> dict[str, Communicator]:
+        """The communicators of this rank's groups in a layout, by family. Collective over all ranks, which all ask for the same.
+
+        Each family has communicators of its own, named after it, also where two have the same ranks: what one keeps for its
+        calls is never mixed with another's. All are made in the layout's one order, so no rank waits in vain.
+
+        Args:
+            layout: the sizes; equal on all ranks.
+            families: of `ParallelLayout.families`, in any order. If unset, those whose groups have more than one rank.
+            prefix: put before the name of a family to name its communicator.
+            options: as for `communicator`.
+
+        Raises:
+            MismatchError: the ranks asked for different groups, shown in the text.
+            ConfigError: the layout is of another number of ranks, or has no such family.
+            CommplaneError: as `communicator` raises; what was made before is closed.
+        """
+        from commplane.runtime.families import form_families
+
+        self._open("groups")
+        return form_families(
+            layout,
+            self.rank,
+            self.world_size,
+            families,
+            prefix,
+            lambda wanted: self.gather(wanted, what="groups of a layout"),
+            lambda name, ranks: self.communicator(name, ranks, **options),
+        )
 
     def _meeting(self, key: GroupKey) -> tuple[int, StoreBootstrap]:
         """The how many-th communicator with this key is formed, and the control plane that its ranks meet on. Local."""
