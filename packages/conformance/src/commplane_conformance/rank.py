@@ -109,6 +109,8 @@ class Rank:
 
     def form(self, name: str, ranks: Sequence[int] | None = None) -> Communicator:
         """A communicator whose plan holds the backend, without the canary. Collective over `ranks`."""
+        if ranks is not None and len(ranks) < self.spec.min_world_size:
+            raise Skip(f"{self.job.backend} declares that it serves groups of {self.spec.min_world_size} ranks or more")
         with without_canary():
             comm = self.plane.communicator(name, ranks, device=self.job.device, backends=[self.job.backend])
         self.require(comm)
