@@ -30,6 +30,13 @@ def _worlds() -> Iterator[list[World]]:
         world.close()
 
 
+@pytest.fixture(scope="session")
+def four() -> Iterator[World]:
+    """Four ranks, for tests that leave their default group as it was."""
+    with World(4) as world:
+        yield world
+
+
 @pytest.fixture
 def pair(_worlds: list[World]) -> World:
     """Two ranks, whose default group is commplane's."""

@@ -325,6 +325,5 @@ def check_mesh(rank: int) -> None:
 
 
 @wants_2_5
-def test_a_mesh_of_two_dimensions_has_a_group_of_ours_for_each() -> None:
-    with World(4) as world:
-        world.run(check_mesh)
+def test_a_mesh_of_two_dimensions_has_a_group_of_ours_for_each(four: World) -> None:
+    four.run(check_mesh)
