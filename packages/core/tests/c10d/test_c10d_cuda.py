@@ -199,6 +199,12 @@ def check_point_to_point(rank: int) -> None:
     else:
         dist.recv(x, 0)
     assert x.tolist() == [0.0] * 8
+    peer = 1 - rank
+    for count in (4, 1 << 24):  # both send first, which ends well in a batch alone
+        mine, theirs = torch.full((count,), float(rank), device=device), torch.empty(count, device=device)
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, theirs, peer)]):
+            work.wait()
+        assert theirs.min().item() == theirs.max().item() == peer
     out = torch.empty(4, device=device)
     dist.all_to_all_single(out, torch.arange(4.0, device=device) + 10 * rank)
     assert out.tolist() == [2.0 * rank, 2.0 * rank + 1, 2.0 * rank + 10, 2.0 * rank + 11]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from commplane.c10d import fallback
+from commplane.c10d.batches import PeerCalls
 from commplane.c10d.collectives import Collectives
 from commplane.c10d.ground import Ground
 from commplane.c10d.lane import Lane
@@ -70,6 +71,7 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         self._sides: dict[str, Side] = {}
         self._works: list[Any] | None = None
         self._cuda_is_ours: bool | None = None
+        self._peers = PeerCalls()
         self._open = True
         self._lane = Lane(f"c10d {name}")
         try:
@@ -135,6 +137,22 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         return self._get_backend(tensor.device)
 
     # What torch asks of a group beside collectives.
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Any:
+        """To a group rank, by torch's backend."""
+        backend = self._torch(tensors[0])
+        return self._peer_call(backend, backend.send, tensors, peer, tag)
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Any:
+        """From a group rank, by torch's backend."""
+        backend = self._torch(tensors[0])
+        return self._peer_call(backend, backend.recv, tensors, peer, tag)
+
+    def _peer_call(self, backend: Any, operation: Any, *args: Any) -> Any:
+        # Torch before 2.11 tells any group of a batch, by `_start_coalescing`.
+        if self._works is None and getattr(backend, "supports_coalescing", False):
+            return self._peers.call(backend, operation, *args)
+        return operation(*args)
 
     def _start_coalescing(self, device: torch.device) -> None:
         """Collect works until `_end_coalescing`; on CUDA torch's backend does that with its own."""
