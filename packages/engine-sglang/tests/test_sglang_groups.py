@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from commplane.engines.groups import Groups, Served
 from commplane.errors import CommplaneError, CommunicatorError
 from commplane.testing import run_threads
-from commplane_sglang.engine.groups import Groups, Served
 from commplane_sglang.seams import ENGINE, PURPOSES
 
 

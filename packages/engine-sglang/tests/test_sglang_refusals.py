@@ -12,9 +12,9 @@ from threading import Thread
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
+from commplane.engines.vote import active, vote
 from commplane.errors import AgreementError, PeerError, PluginCompatibilityError, UnsupportedOperation
 from commplane_sglang import register
-from commplane_sglang.engine.vote import active, vote
 from commplane_sglang.plugin import create, groups
 from commplane_sglang.seams import ENGINE
 

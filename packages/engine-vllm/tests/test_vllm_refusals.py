@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import commplane_vllm
 from commplane.errors import PluginCompatibilityError
 from commplane_vllm import register
 from commplane_vllm.plugin import groups
@@ -86,13 +85,3 @@ def test_another_version_does_not_start(engine, version):
         PluginCompatibilityError, match=rf"wanted vllm>=0\.32\.0,<0\.34, found {version}: install a commplane-vllm"
     ):
         register()
-
-
-def test_both_adapters_have_the_same_engine_folder():
-    mine = Path(commplane_vllm.__file__).parent / "engine"
-    sglang = pytest.importorskip("commplane_sglang", reason="wants commplane-sglang: pip install commplane-sglang")
-    theirs = Path(sglang.__file__).parent / "engine"
-    files = sorted(p.name for p in mine.glob("*.py"))
-    assert files == sorted(p.name for p in theirs.glob("*.py")) and len(files) == 4
-    for name in files:
-        assert (mine / name).read_text() == (theirs / name).read_text(), f"{name} differs: copy the newer over the other"

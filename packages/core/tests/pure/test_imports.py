@@ -68,6 +68,7 @@ def test_the_probe_sees_what_is_loaded() -> None:
         "commplane.handles",
         "commplane.tracer",
         "commplane.runtime",
+        "commplane.engines",
         "commplane.cli",
     ],
 )
@@ -77,6 +78,10 @@ def test_importing_loads_neither_torch_nor_numpy(module: str) -> None:
 
 def test_importing_the_package_loads_no_backend() -> None:
     assert loaded("import commplane, commplane.config", "commplane_custom_ar", "commplane_flashinfer")[1] == []
+
+
+def test_importing_the_package_loads_nothing_that_adapters_stand_on() -> None:
+    assert "commplane.engines" not in loaded("import commplane, commplane.runtime", "commplane")[1]
 
 
 def test_the_plugins_command_works_without_importing_torch() -> None:
@@ -115,6 +120,7 @@ NEED_TORCH = (
     "commplane.backends.hierarchical",
     "commplane.backends.torch_dist",
     "commplane.demo",
+    "commplane.engines",
     "commplane.ops",
 )
 

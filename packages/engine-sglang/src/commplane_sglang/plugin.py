@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from commplane.engines import Groups
 from commplane.errors import PluginCompatibilityError, UnsupportedOperation
 
-from .engine.groups import Groups
 from .seams import CREATE, ENGINE, PURPOSES, REGISTRY
 
 __all__ = ["groups", "register"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .engine.seams import Engine, Seam
+from commplane.engines import Engine, Seam
 
 __all__ = ["CREATE", "ENGINE", "PURPOSES", "REGISTRY"]
 

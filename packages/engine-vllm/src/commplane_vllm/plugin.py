@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from commplane.engines import Groups, Served
 from commplane.errors import PluginCompatibilityError
 
-from .engine.groups import Groups, Served
 from .seams import ENGINE, PURPOSES
 
 __all__ = ["groups", "register"]

@@ -17,13 +17,12 @@ import torch
 import torch.distributed as dist
 from importlib_metadata import version
 
-import commplane
-from commplane import Communicator, Plane
 from commplane.api import Collective, ReduceOp
+from commplane.config import Config
+from commplane.engines.seams import Engine
+from commplane.engines.vote import active, vote
 from commplane.errors import ConfigError
-
-from .seams import Engine
-from .vote import active, vote
+from commplane.runtime import Communicator, Plane, init
 
 __all__ = ["Groups", "Served"]
 
@@ -122,7 +121,7 @@ class Groups:
             return None
         if not self._asked:
             if self._vote():
-                self._plane = commplane.init()
+                self._plane = init()
             self._asked = True
         self._alive.add(group)
         if self._plane is None or group.world_size == 1 or group.device.type not in ("cpu", "cuda"):
@@ -143,9 +142,9 @@ class Groups:
     def _vote(self) -> bool:
         """Whether the adapter works in this job. Collective over all ranks."""
         try:
-            settings = commplane.Config.load()
+            settings = Config.load()
         except ConfigError:  # perhaps on this rank only: `commplane.init` tells it to all
-            settings = commplane.Config()
+            settings = Config()
         engine, rank = self.engine, dist.get_rank()
         store = dist.PrefixStore(engine.adapter, dist.distributed_c10d._get_default_store())
         # A store outlives the groups of an engine: each time that all are made again there is a vote of its own.
