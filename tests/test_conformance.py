@@ -48,6 +48,7 @@ def test_the_page_of_the_kit_names_its_files() -> None:
         ("custom_ar", "2", []),
         ("torch", "4", ["-k", "groups"]),
         ("custom_ar", "3,4", ["-k", "groups"]),
+        pytest.param("hierarchical", "4", ["--commplane-hosts", "2"], marks=pytest.mark.long),
     ],
 )
 def test_our_own_backends_pass_from_an_empty_folder(tmp_path: Path, backend: str, ranks: str, only: list[str]) -> None:

@@ -57,7 +57,7 @@ def test_doctor_shows_hosts_that_are_real_networks_and_what_runs_inside_and_betw
     assert candidates["hierarchical"]["facts"] == {"hosts": "ranks 0, 1 | ranks 2, 3"}
     assert "shared memory does not (ranks 0, 1 on host0; ranks 2, 3 on host1)" in candidates["custom_ar"]["reason"]
     ways = {route[6] for route in report["plan"]["routes"] if route[5] == "hierarchical" and route[0] == "all_reduce"}
-    assert ways == {"leaders: custom_ar inside, torch between", "shards: custom_ar inside, torch between"}
+    assert ways == {"leaders: custom_ar inside, torch between"}
 
 
 @in_networks

@@ -1,12 +1,9 @@
-"""Which ranks of a group meet whom, which way a size goes, and whom reports of a failure name. Pure."""
+"""Which ranks of a group meet whom, the way, and whom reports of a failure name. Pure."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 
-from commplane.api import SizeRange
 from commplane.backends.hierarchical.shape import Shape, describe
 from commplane.runtime.inquest import named
 
@@ -46,11 +43,7 @@ def test_reports_name_those_that_are_suspected_and_do_not_answer(
     assert named(suspects, present, ended) == (names, sure)
 
 
-def test_a_size_has_one_way_and_every_size_has_one() -> None:
+def test_the_first_ranks_meet_unless_counterparts_are_asked_for() -> None:
     ways = pytest.importorskip("commplane.backends.hierarchical.ways", reason="wants torch: pip install commplane[torch]")
-    for shape in (Shape(EVEN, 0), Shape(UNEVEN, 0)):
-        ranges = ways.sizes(shape)
-        assert ranges[0].low == 0 and ranges[-1].high is None
-        assert all(a.high == b.low for a, b in pairwise(ranges))
-    assert [r.algorithm for r in ways.sizes(Shape(UNEVEN, 0))] == ["leaders"]
-    assert ways.sizes(Shape(EVEN, 0), "shards") == [SizeRange(0, None, "shards")]
+    assert [ways.chosen(Shape(hosts, 0), "auto") for hosts in (EVEN, UNEVEN)] == ["leaders"] * 2
+    assert ways.chosen(Shape(EVEN, 0), "shards") == "shards"

@@ -48,7 +48,7 @@ class Hierarchical(CommBackend):
             raise ConfigError(f"{context.who} wanted a context that makes inner groups, found none: open it through a plane")
         self._context = context
         self._shape = shape = Shape.of(context.facts, context.ranks, context.ranks[context.rank])
-        self._ranges = ways.sizes(shape, context.options["algorithm"])
+        self._algorithm = ways.chosen(shape, context.options["algorithm"])
         self._patience = float(context.options["patience"])
         inside, between = (_words(context.options[name]) for name in ("inside", "between"))
         if len(shape.mine) > 1:
@@ -84,7 +84,7 @@ class Hierarchical(CommBackend):
     def ranges(self, collective: Collective, dtype: str, capturing: bool = False) -> list[SizeRange]:
         """All sizes, with the way and what runs on both levels."""
         inside, between = self._runs
-        return [SizeRange(r.low, r.high, f"{r.algorithm}: {inside} inside, {between} between") for r in self._ranges]
+        return [SizeRange(0, None, f"{self._algorithm}: {inside} inside, {between} between")]
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """In place; any shape and layout."""
@@ -105,7 +105,7 @@ class Hierarchical(CommBackend):
             raise UnsupportedOperation(f"{context.who} wanted all_reduce, found {collective}")
         if op is ReduceOp.AVG and not dtype.is_floating_point:
             raise UnsupportedOperation(f"{context.who} op avg wants a floating-point tensor, found {dtype}: use sum and divide")
-        reduce = ways.bound(self._shape, self._ranges, self._inside, self._between, op, dtype, context.world_size)
+        reduce = ways.bound(self._shape, self._algorithm, self._inside, self._between, op, dtype, context.world_size)
 
         def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
             self._check(tensor)

@@ -13,18 +13,18 @@ as many steps as the transport's own all-reduce. All else goes by that. Calls al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from commplane.api import Collective, InnerGroup, ReduceOp, SizeRange
+from commplane.api import Collective, InnerGroup, ReduceOp
 from commplane.backends.hierarchical.losses import BetweenHosts
 from commplane.backends.hierarchical.shape import Shape
 from commplane.errors import ConfigError, PeerError
 
-__all__ = ["PIECE", "Way", "bound", "sizes"]
+__all__ = ["PIECE", "Way", "bound", "chosen"]
 
 Way = Callable[[Tensor], object]
 """Reduces its argument in place."""
@@ -32,17 +32,21 @@ Way = Callable[[Tensor], object]
 PIECE = 1 << 20
 """Bytes that go through all steps before the next: of 256 KiB to all at once the fastest, see docs/several-hosts.md."""
 
-SHARDS_FROM = 16 << 20
-"""Bytes of a message from which each rank has a part: below, waking all ranks of a host costs more than their links give."""
-
 TURNS_BELOW = 256 << 10
 """Bytes below which two hosts tell each other in turns: beyond, both directions at once are faster than fewer steps."""
 
-_COMBINE: dict[ReduceOp, Callable[..., Tensor]] = {ReduceOp.SUM: torch.add, ReduceOp.MIN: torch.minimum, ReduceOp.MAX: torch.maximum}
+_COMBINE: dict[ReduceOp, Callable[..., Tensor]] = {
+    ReduceOp.SUM: torch.add,
+    ReduceOp.MIN: torch.minimum,
+    ReduceOp.MAX: torch.maximum,
+}
 
 
-def sizes(shape: Shape, algorithm: str = "auto") -> list[SizeRange]:
-    """Which way has which sizes, of a message of a rank. Pure.
+def chosen(shape: Shape, algorithm: str) -> str:
+    """The way that the setting `algorithm` stands for. Pure.
+
+    Leaders are ``auto``: faster at every size where two ranks share a core, see docs/several-hosts.md. Shards are for a link that one
+    connection does not use up.
 
     Raises:
         ConfigError: there is no such way, or not for hosts with unequal numbers of ranks.
@@ -51,25 +55,23 @@ def sizes(shape: Shape, algorithm: str = "auto") -> list[SizeRange]:
     if algorithm not in ("auto", *possible):
         wanted = ", ".join(("auto", *possible))
         raise ConfigError(f"setting hierarchical.algorithm: wanted {wanted} for this group, found {algorithm!r}")
-    if algorithm != "auto" or not shape.even:
-        return [SizeRange(0, None, "leaders" if algorithm == "auto" else algorithm)]
-    return [SizeRange(0, SHARDS_FROM, "leaders"), SizeRange(SHARDS_FROM, None, "shards")]
+    return "leaders" if algorithm == "auto" else algorithm
 
 
 def bound(
     shape: Shape,
-    ranges: Sequence[SizeRange],
+    algorithm: str,
     inside: InnerGroup | None,
     between: InnerGroup | None,
     op: ReduceOp,
     dtype: torch.dtype,
     ranks: int,
 ) -> Way:
-    """The way for every size. Local; what is returned is collective over the group.
+    """The way, for messages of every size. Local; what is returned is collective over the group.
 
     Args:
         shape: of the group.
-        ranges: as `sizes` gave them.
+        algorithm: as `chosen` gave it.
         inside: this host's ranks; None where it has one.
         between: those that this rank meets between the hosts; None where it meets none.
         op: reduction.
@@ -84,16 +86,13 @@ def bound(
     meet = None if between is None else _meeting(call, between, first, dtype, ranks if op is ReduceOp.AVG else 1)
     if inside is None:
         assert meet is not None  # the only rank of a host meets the others
-        ways = {r.algorithm: meet for r in ranges}
+        way = meet
     else:
         reduce, spread = call(inside, Collective.ALL_REDUCE, True), call(inside, Collective.BROADCAST)
-        made = {"leaders": _leaders, "shards": _shards}
-        ways = {r.algorithm: made[r.algorithm](shape, reduce, meet, spread) for r in ranges}
+        way = (_leaders if algorithm == "leaders" else _shards)(shape, reduce, meet, spread)
     piece = PIECE // dtype.itemsize
-    limit, small, large = ranges[-1].low, ways[ranges[0].algorithm], ways[ranges[-1].algorithm]
 
     def reduce_in_pieces(flat: Tensor) -> None:
-        way = small if flat.nbytes < limit else large
         if flat.numel() <= piece:
             way(flat)
         else:
