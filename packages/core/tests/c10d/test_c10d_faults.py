@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from datetime import timedelta
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.timeout(90)
 def die(rank: int, how: str) -> tuple[str, list[int]]:
     x = torch.ones(4)
     if rank == 1:
-        os._exit(3)
+        os.kill(os.getpid(), signal.SIGKILL)
     call = {
         "waited for": lambda: dist.all_reduce(x),
         "in the background": lambda: dist.all_reduce(x, async_op=True).wait(),
@@ -44,7 +45,9 @@ LONG = [pytest.param(how, marks=pytest.mark.long) for how in ("in the background
 def test_a_rank_that_died_is_named_by_the_error_of_a_collective(how: str) -> None:
     with World(2) as world:
         (text, missing), _ = world.run(die, how, but=(1,))
+        pids = [process.pid for process in world.processes]
     assert missing == [1] and "[c10d_" in text
+    assert not [n for n in os.listdir("/dev/shm") if n.startswith("commplane-") and any(f"-{pid}-" in n for pid in pids)]
 
 
 def stay_away(rank: int) -> str:

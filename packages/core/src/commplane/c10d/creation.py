@@ -42,10 +42,7 @@ def make_group(
         timeout: of the group: how long its ranks wait for each other, here and in each collective.
         backend_options: those of NCCL, or None.
     """
-    store = dist.PrefixStore("commplane", store)
-    # A store outlives a group of the same name: each has keys of its own.
-    store = dist.PrefixStore(str(store.add(f"generation/{rank}", 1)), store)
-    _meet(store, ranks, rank, name, timeout)
+    store = _meet(dist.PrefixStore("commplane", store), ranks, rank, name, timeout)
     ground = _ground(store, ranks, rank)
     try:
         return CommplaneGroup(ground, store, ranks, rank, name, timeout, backend_options)
@@ -54,14 +51,16 @@ def make_group(
         raise
 
 
-def _meet(store: Any, ranks: Sequence[int], rank: int, name: str, timeout: timedelta) -> None:
+def _meet(store: Any, ranks: Sequence[int], rank: int, name: str, timeout: timedelta) -> Any:
     """Return when all ranks are here: one may come minutes after another, which is the group's timeout to allow. Collective.
 
-    A few messages a rank, however many there are.
+    A few messages a rank, however many there are. The result is the store of this group, in which nobody has written: a store
+    outlives a group of the same name.
     """
     who = f"[c10d {name} rank {rank}/{len(ranks)}]"
-    store.set(f"here/{rank}", "")
-    if store.add("here", 1) == len(ranks):
+    generations, store = store, dist.PrefixStore(str(store.add("generation", 0)), store)
+    if store.add(f"here/{rank}", 1) == 1 and store.add("here", 1) == len(ranks):
+        generations.add("generation", 1)  # whoever comes from now on makes another group
         store.set("everyone", "")
     deadline = time.monotonic() + timeout.total_seconds()
     try:
@@ -71,12 +70,13 @@ def _meet(store: Any, ranks: Sequence[int], rank: int, name: str, timeout: timed
             raise PeerError(f"{who} the store does not answer: {error}") from error
         missing = [ranks[r] for r in range(len(ranks)) if not store.check([f"here/{r}"])]
         if not missing:  # the last one came just now
-            return
+            return store
         raise PeerError(
             f"{who} creation: ranks {', '.join(map(str, missing))} did not come "
             f"within {timeout.total_seconds():g} s: call it on all ranks, or give it a longer timeout",
             missing,
         ) from error
+    return store
 
 
 def _ground(store: Any, ranks: Sequence[int], rank: int) -> Ground:
