@@ -45,8 +45,8 @@ _COMBINE: dict[ReduceOp, Callable[..., Tensor]] = {
 def chosen(shape: Shape, algorithm: str) -> str:
     """The way that the setting `algorithm` stands for. Pure.
 
-    Leaders are ``auto``: faster at every size where two ranks share a core, see docs/several-hosts.md. Shards are for a link that one
-    connection does not use up.
+    Leaders are ``auto``: faster at every size where two ranks share a core, see docs/several-hosts.md. Shards are for a link that
+    one connection does not use up.
 
     Raises:
         ConfigError: there is no such way, or not for hosts with unequal numbers of ranks.
