@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import torch
 
 from commplane.api import BackendSpec, CommBackend, Usable, hookimpl
 from commplane.backends.hierarchical import ways
-from commplane.errors import CommplaneWarning, UnsupportedOperation
+from commplane.errors import CommplaneWarning, PeerError, UnsupportedOperation
 from commplane.plugins import PluginHost
 from commplane.runtime import Plane
 from commplane.testing import run_threads
@@ -215,6 +216,30 @@ def test_closing_and_making_it_again_works_and_workspaces_are_prepared_on_both_l
         return out
 
     assert on_hosts(EVEN, rank_main) == [[6.0, 4.0, 6.0, 4.0]] * 4
+
+
+@pytest.mark.parametrize(
+    "absent", [3, pytest.param(0, marks=pytest.mark.long)], ids=["behind another rank of its host", "the first of its host"]
+)
+def test_a_rank_that_does_not_come_is_named_by_all_that_wait_also_on_the_other_host(absent: int) -> None:
+    told = threading.Barrier(4, timeout=60)
+
+    def rank_main(plane: Plane) -> list[int]:
+        comm = plane.communicator("tp")
+        comm.all_reduce_(torch.ones(4))
+        missing: list[int] = []
+        if plane.rank != absent:
+            with pytest.raises(PeerError, match=f"lost rank {absent} ") as caught:
+                comm.all_reduce_(torch.ones(4))
+            missing = list(caught.value.missing_ranks)
+            with pytest.raises(PeerError, match="is poisoned by an earlier fault"):
+                comm.all_reduce_(torch.ones(4))
+        told.wait()
+        comm.poison(PeerError("this test is over", []))
+        return missing
+
+    outcomes = on_hosts(EVEN, rank_main, run_timeout=2.0, hierarchical={"patience": 2.5}, flight_records=0)
+    assert outcomes == [[] if r == absent else [absent] for r in range(4)]
 
 
 def test_who_asks_for_it_where_it_cannot_be_is_warned_once() -> None:

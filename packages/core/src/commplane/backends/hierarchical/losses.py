@@ -39,9 +39,9 @@ def explain(context: BuildContext, shape: Shape, error: PeerError, patience: flo
 
 
 def _suspects(shape: Shape, error: PeerError) -> list[list[int]]:
-    """Inside, those that the error names. Between, hosts: what is gone there may be whom their first rank waited for."""
+    """Inside, those that the error names, or each where it cannot tell. Between, hosts: who is gone there may be another rank."""
     if not isinstance(error, BetweenHosts):
-        return [[r] for r in error.missing_ranks if r != shape.rank]
+        return [[r] for r in error.missing_ranks or shape.mine if r != shape.rank]
     blamed = error.missing_ranks or shape.across
     return [list(shape.host_of(r)) for r in blamed if r != shape.rank]
 
