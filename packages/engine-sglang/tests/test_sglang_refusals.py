@@ -5,17 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 
 import pytest
-from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from commplane.engines.vote import active, vote
-from commplane.errors import AgreementError, PeerError, PluginCompatibilityError, UnsupportedOperation
+from commplane.errors import PluginCompatibilityError, UnsupportedOperation
 from commplane_sglang import register
-from commplane_sglang.plugin import create, groups
+from commplane_sglang.plugin import _hooks, _not_applied, create, groups
 from commplane_sglang.seams import ENGINE
 
 STANDIN = Path(__file__).parent / "sglang_standin"
@@ -139,79 +135,27 @@ def test_without_sglangs_registry_nothing_is_hooked(engine):
     assert not HookRegistry._hooks
 
 
-def test_a_rank_that_joins_a_running_job_is_refused():
+@pytest.mark.parametrize("given", [((), {"recovered_rank": True}), (("tp", True), {}), (("tp", False), {"rank_offset": 4})])
+def test_a_rank_that_joins_a_running_job_is_refused(given):
+    def made(self, group_name=None, recovered_rank=False, rank_offset=0):
+        raise AssertionError("the group was made")
+
+    args, kwargs = given
     with pytest.raises(UnsupportedOperation, match="wanted all ranks to start together"):
-        create(lambda *a, **k: None, None, recovered_rank=True)
+        create(made, None, *args, **kwargs)
 
 
-# The vote.
-
-READY = {"adapter": "commplane-sglang 0.1.0", "engine": "sglang 0.5.23", "problem": None}
-
-
-def voters(store, ballots, timeout, late=()):
-    """The outcome of each rank, as threads; those of `late` vote when the others have given up."""
-    said = {}
-
-    def one(rank):
-        try:
-            said[rank] = vote(
-                store(), rank, len(ballots), ballots[rank], timeout, f"[adapter rank {rank}/{len(ballots)}]", "do it"
-            )
-        except PeerError as error:
-            said[rank] = error
-
-    for ranks in ([r for r in range(len(ballots)) if ballots[r] is not None and r not in late], late):
-        threads = [Thread(target=one, args=(r,)) for r in ranks]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join(30)
-    return said
-
-
-@pytest.mark.timeout(60)
-def test_every_rank_gets_all_ballots():
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ballots = [{**READY, "adapter": f"of rank {r}"} for r in range(4)]
-    said = voters(lambda: PrefixStore("v", TCPStore("127.0.0.1", server.port)), ballots, 20)
-    assert said == dict.fromkeys(range(4), ballots)
-
-
-@pytest.mark.timeout(60)
-def test_all_ranks_name_the_missing_one_and_one_that_comes_late_learns_that_it_was():
-    store = HashStore()
-    said = voters(lambda: store, [READY, None, READY, READY], 0.3, late=[3])
-    assert sorted(said) == [0, 2, 3]
-    for rank, error in said.items():
-        assert isinstance(error, PeerError) and error.missing_ranks == (1, 3)
-        assert str(error) == (
-            f"[adapter rank {rank}/4] vote: wanted the adapter on all 4 ranks, found no answer from rank 1, 3 within 0.3 s: do it"
-        )
-
-
-@pytest.mark.timeout(60)
-def test_a_store_that_is_gone_is_an_error_and_no_wait():
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-    client = TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=5))
-    del server
-    with pytest.raises(PeerError, match="wanted the store of the default group, found that it is gone"):
-        vote(client, 0, 2, READY, 20, "[adapter rank 0/2]", "do it")
-
-
-def test_the_adapter_works_on_all_ranks_or_on_none():
-    refusing = {**READY, "problem": "wanted a, found b"}
-    assert active([READY] * 3, "w", "f")
-    assert not active([refusing, {**refusing, "problem": "wanted c, found d"}], "w", "f")
-    with pytest.raises(AgreementError) as some:
-        active([READY, refusing, READY], "[w]", "do it")
-    assert str(some.value) == (
-        "[w] vote: wanted the same adapter at work on all ranks, found rank 0, 2: commplane-sglang 0.1.0 for sglang 0.5.23; "
-        "rank 1: wanted a, found b: do it"
+@pytest.mark.parametrize("skipped", ["graph_capture", "destroy"])
+def test_a_hook_that_sglang_could_not_apply_is_found(engine, skipped):
+    engine(
+        "srt/plugins/hook_registry.py",
+        "for hook in cls._hooks[target]:",
+        f'for hook in cls._hooks[target] * (name != "{skipped}"):',
     )
-    with pytest.raises(AgreementError, match=r"rank 1: commplane-sglang 0\.2\.0 for"):
-        active([READY, {**READY, "adapter": "commplane-sglang 0.2.0"}], "w", "f")
-    with pytest.raises(
-        AgreementError, match=r"rank 0: commplane-sglang 0\.1\.0 for sglang 0\.5\.23; rank 1: .* for sglang 0\.5\.22"
-    ):
-        active([READY, {**READY, "engine": "sglang 0.5.22"}], "w", "f")
+    register()
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    HookRegistry.apply_hooks()
+    text = _not_applied(GroupCoordinator, _hooks())
+    assert text is not None and text.startswith(f"wanted hooks on GroupCoordinator.{skipped}, found that they are not there")

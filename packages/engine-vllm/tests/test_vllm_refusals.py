@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from commplane.engines import lost
 from commplane.errors import PluginCompatibilityError
 from commplane_vllm import register
-from commplane_vllm.plugin import groups
+from commplane_vllm.plugin import _hooks, groups
 from commplane_vllm.seams import ENGINE
 
 STANDIN = Path(__file__).parent / "vllm_standin"
@@ -85,3 +86,14 @@ def test_another_version_does_not_start(engine, version):
         PluginCompatibilityError, match=rf"wanted vllm>=0\.32\.0,<0\.34, found {version}: install a commplane-vllm"
     ):
         register()
+
+
+def test_a_hook_that_another_plugin_has_put_away_is_found(engine, monkeypatch):
+    from vllm.distributed.parallel_state import GroupCoordinator
+
+    register()
+    assert lost(GroupCoordinator, _hooks()) is None
+    monkeypatch.setattr(GroupCoordinator, "_all_reduce_out_place", lambda self, input_: input_)
+    assert lost(GroupCoordinator, _hooks()) == (
+        "wanted hooks on GroupCoordinator._all_reduce_out_place, found that they are not there"
+    )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from commplane.engines import Groups
+from commplane.engines import Groups, lost
 from commplane.errors import PluginCompatibilityError, UnsupportedOperation
 
 from .seams import CREATE, ENGINE, PURPOSES, REGISTRY
@@ -52,25 +53,22 @@ def _hook(scope: str, hooks: dict[str, Callable[..., Any]]) -> None:
 
 def create(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """Around ``GroupCoordinator.__init__``. Collective over the group, and over all ranks at the first one."""
-    if groups.problem is None and (kwargs.get("recovered_rank") or kwargs.get("rank_offset")):
+    given = inspect.signature(original).bind_partial(self, *args, **kwargs).arguments
+    if groups.problem is None and (given.get("recovered_rank") or given.get("rank_offset")):
         raise UnsupportedOperation(
             "[commplane-sglang] wanted all ranks to start together, found one that joins a running job (elastic expert "
             f"parallelism): {ENGINE.leave_out}"
         )
     original(self, *args, **kwargs)
     if groups.problem is None:
-        groups.problem = _not_hooked(type(self), _hooks()) or _hook_the_runner(self.device)
+        groups.problem = _not_applied(type(self), _hooks()) or _hook_the_runner(self.device)
     groups.attach(self)
 
 
-def _not_hooked(scope: type, hooks: Iterable[str]) -> str | None:
+def _not_applied(scope: type, hooks: Mapping[str, Callable[..., Any]]) -> str | None:
     """SGLang logs a hook that it could not apply and goes on: which of `hooks`, if any. Local."""
-    lost = [name for name in hooks if not hasattr(getattr(scope, name), "__wrapped__")]
-    return (
-        f"wanted hooks on {scope.__name__}.{', '.join(lost)}, found that SGLang did not apply them (see its log)"
-        if lost
-        else None
-    )
+    text = lost(scope, hooks)
+    return text and f"{text} (see the log of SGLang): {ENGINE.leave_out}"
 
 
 def _hook_the_runner(device: torch.device) -> str | None:
@@ -87,13 +85,13 @@ def _hook_the_runner(device: torch.device) -> str | None:
     except ImportError as error:
         return f"wanted to import {name}, found {type(error).__name__}: {error}"
     hooks = {"_pre_initialize_flashinfer_allreduce_workspace": pre_initialize}
-    if _not_hooked(runner, hooks) is None:
+    if _not_applied(runner, hooks) is None:
         return None
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     _hook(f"{name}.BaseRunner", hooks)
     HookRegistry.apply_hooks()
-    return _not_hooked(runner, hooks)
+    return _not_applied(runner, hooks)
 
 
 def all_reduce(original: Callable[..., torch.Tensor], self: Any, input_: torch.Tensor) -> torch.Tensor:
@@ -144,5 +142,7 @@ def pre_initialize(original: Callable[..., None], self: Any) -> None:
 
 def destroy(original: Callable[..., None], self: Any) -> None:
     """Around ``GroupCoordinator.destroy``. Collective over the group."""
-    groups.detach(self)
-    original(self)
+    try:
+        groups.detach(self)
+    finally:
+        original(self)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from commplane.engines import Groups, Served
+from commplane.engines import Groups, Served, calls, lost
 from commplane.errors import PluginCompatibilityError
 
 from .seams import ENGINE, PURPOSES
@@ -31,15 +31,19 @@ def register() -> None:
         raise PluginCompatibilityError(groups.problem)
     from vllm.distributed.parallel_state import GroupCoordinator
 
-    for name, hook in (
-        ("__init__", create),
-        ("_all_reduce_out_place", all_reduce_out_of_place),
-        ("graph_capture", graph_capture),
-        ("destroy", destroy),
-    ):
+    for name, hook in _hooks().items():
         original = getattr(GroupCoordinator, name)
-        if not hasattr(original, "commplane_hook"):  # else vLLM loads its plugins again
+        if not calls(original, hook):  # else vLLM loads its plugins again
             setattr(GroupCoordinator, name, _around(original, hook))
+
+
+def _hooks() -> dict[str, Callable[..., Any]]:
+    return {
+        "__init__": create,
+        "_all_reduce_out_place": all_reduce_out_of_place,
+        "graph_capture": graph_capture,
+        "destroy": destroy,
+    }
 
 
 def _around(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +51,6 @@ def _around(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[
     def hooked(*args: Any, **kwargs: Any) -> Any:
         return hook(original, *args, **kwargs)
 
-    hooked.__dict__["commplane_hook"] = hook
     return hooked
 
 
@@ -58,6 +61,9 @@ def create(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) 
     vLLM's.
     """
     original(self, *args, **kwargs)
+    if groups.problem is None:
+        text = lost(type(self), _hooks())  # another plugin may have put its own over them
+        groups.problem = text and f"{text}: {ENGINE.leave_out}"
     served = groups.attach(self)
     if served is not None:
         prepare(served)
@@ -89,5 +95,7 @@ def graph_capture(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
 
 def destroy(original: Callable[..., None], self: Any) -> None:
     """Around ``GroupCoordinator.destroy``. Collective over the group."""
-    groups.detach(self)
-    original(self)
+    try:
+        groups.detach(self)
+    finally:
+        original(self)

@@ -39,10 +39,13 @@ class Served:
     def __init__(self, communicator: Communicator) -> None:
         self.communicator = communicator
         self._plan = communicator.plan
+        self._on_cuda = communicator.device.partition(":")[0] == "cuda"
         self._ranges: dict[tuple[torch.dtype, bool], tuple[tuple[int, float], ...]] = {}
 
     def takes(self, tensor: torch.Tensor, capturing: bool) -> bool:
         """Whether the sum of `tensor` is ours. Local, equal on every rank."""
+        if tensor.is_cuda is not self._on_cuda:
+            return False
         if self._plan is not self.communicator.plan:  # it was tuned
             self._plan = self.communicator.plan
             self._ranges.clear()
@@ -61,6 +64,11 @@ class Served:
         routes = self.communicator.plan.find(Collective.ALL_REDUCE, ReduceOp.SUM, name, capturing=capturing)
         return tuple((r.low, float("inf") if r.high is None else r.high) for r in routes if r.backend != "torch")
 
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum as a new tensor of the strides that `torch.empty_like` has: what engines tell torch.compile. Collective."""
+        out = self.communicator.all_reduce(tensor)
+        return out if tensor.is_contiguous() else torch.empty_like(tensor).copy_(out)
+
     def prepare(self, tokens: int, hidden: int, dtype: torch.dtype) -> None:
         """Build workspaces for activations of `tokens` x `hidden`, as far as they are ours. Collective over the group."""
         max_bytes = tokens * hidden * dtype.itemsize
@@ -72,10 +80,17 @@ class Served:
 class Groups:
     """All groups of an engine in this process, and the plane that their communicators live in.
 
+    The plane lives as long as the group at which the ranks voted, which is the first one, or as torch's default group, whose
+    store it is on. Which of an engine's groups are still in use is no measure: it may drop them without a word, and garbage
+    is collected on each rank at another time.
+
     Args:
         engine: what the adapter knows of the engine.
         purposes: names of the groups that sum activations; the others stay the engine's alone.
         logger: where plans are told.
+
+    Attributes:
+        problem: why the adapter may not work in this process, in one sentence; set by the adapter before the first group.
     """
 
     def __init__(self, engine: Engine, purposes: frozenset[str], logger: logging.Logger) -> None:
@@ -84,19 +99,19 @@ class Groups:
         self._purposes = purposes
         self._logger = logger
         self._plane: Plane | None = None
-        self._asked = False
-        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._served: list[Served] = []
+        self._first: weakref.ref[Any] | None = None
+        self._world: weakref.ref[Any] | None = None
+        self._served: dict[Served, weakref.ref[Any]] = {}
         self._depth = 0
 
     @property
     def plane(self) -> Plane | None:
-        """The open plane; None before the first group, after the last, and where the adapter is not at work. Local."""
+        """The open plane; None before the first group, after its end, and where the adapter is not at work. Local."""
         return self._plane
 
     @property
     def served(self) -> tuple[Served, ...]:
-        """The groups that have a communicator, in order of creation. Local."""
+        """What serves groups, in order of their creation. Local."""
         return tuple(self._served)
 
     @property
@@ -107,7 +122,7 @@ class Groups:
     def attach(self, group: Any) -> Served | None:
         """Give `group`, which the engine has just made, a communicator where that is of use. Collective over its ranks.
 
-        At the first group all ranks of the job vote, and meet in a plane.
+        At the first group all ranks of the job vote, and meet in a plane; again in a new default group.
 
         Returns:
             What serves the group, on all its ranks; None where the engine's own does.
@@ -119,11 +134,12 @@ class Groups:
         """
         if dist.get_world_size() == 1:
             return None
-        if not self._asked:
+        world = dist.group.WORLD
+        if self._world is None or self._world() is not world:
+            self._leave()
             if self._vote():
                 self._plane = init()
-            self._asked = True
-        self._alive.add(group)
+            self._world, self._first = weakref.ref(world), weakref.ref(group)
         if self._plane is None or group.world_size == 1 or group.device.type not in ("cpu", "cuda"):
             return None
         if group.unique_name.rpartition(":")[0] not in self._purposes:
@@ -135,7 +151,7 @@ class Groups:
             communicator.close()
             return None
         served = Served(communicator)
-        self._served.append(served)
+        self._served[served] = weakref.ref(group)
         setattr(group, _ATTRIBUTE, served)
         return served
 
@@ -143,14 +159,12 @@ class Groups:
         """Whether the adapter works in this job. Collective over all ranks."""
         try:
             settings = Config.load()
-        except ConfigError:  # perhaps on this rank only: `commplane.init` tells it to all
+        except ConfigError:  # perhaps on this rank only: `init` tells it to all
             settings = Config()
         engine, rank = self.engine, dist.get_rank()
-        store = dist.PrefixStore(engine.adapter, dist.distributed_c10d._get_default_store())
-        # A store outlives the groups of an engine: each time that all are made again there is a vote of its own.
-        generation = store.add(f"generation/{rank}", 1)
+        who = f"[{engine.adapter} rank {rank}/{dist.get_world_size()}]"
         ballots = vote(
-            dist.PrefixStore(str(generation), store),
+            dist.PrefixStore(engine.adapter, dist.distributed_c10d._get_default_store()),
             rank,
             dist.get_world_size(),
             {
@@ -159,11 +173,10 @@ class Groups:
                 "problem": self.problem or self._not_repeatable(settings.numerics),
             },
             settings.startup,
-            f"[{engine.adapter} rank {rank}/{dist.get_world_size()}]",
+            who,
             f"install {engine.adapter} for every rank and start all alike, or {engine.leave_out}",
         )
-        fix = f"make the installations equal, or {engine.leave_out}"
-        at_work = active(ballots, f"[{engine.adapter} rank {rank}/{dist.get_world_size()}]", fix)
+        at_work = active(ballots, who, f"make the installations equal, or {engine.leave_out}")
         if not at_work and rank == 0:
             self._logger.warning("all ranks go on without %s: %s", engine.adapter, ballots[0]["problem"])
         return at_work
@@ -171,7 +184,7 @@ class Groups:
     def _not_repeatable(self, numerics: str) -> str | None:
         """Why sums of ours would not be what the user asked the engine for, if so. Local."""
         name = self.engine.repeatable
-        if numerics == "rank_order" or os.environ.get(name, "").lower() not in ("1", "true", "yes", "y"):
+        if numerics == "rank_order" or os.environ.get(name, "").strip().lower() in ("", "0", "false", "no", "n", "off"):
             return None
         return (
             f"wanted numerics=rank_order, because {name} asks for the same bits in every batch, found numerics={numerics}: "
@@ -181,7 +194,9 @@ class Groups:
     def all_reduce(self, group: Any, tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What sums `tensor` into a new one over `group`; None where that is the engine's. Local, equal on every rank."""
         served = self._for(group, tensor)
-        return None if served is None else served.communicator.all_reduce
+        if served is None:
+            return None
+        return served.communicator.all_reduce if tensor.is_contiguous() else served.all_reduce
 
     def all_reduce_(self, group: Any, tensor: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The same in place."""
@@ -193,9 +208,14 @@ class Groups:
         if served is None:
             return None
         # A trace has no sizes to go by, and a plan serves all of them.
-        if torch.compiler.is_compiling() or served.takes(tensor, self._depth > 0):
+        if torch.compiler.is_compiling():
             return served
-        return None
+        if not served.takes(tensor, self._depth > 0):
+            return None
+        # A graph that the engine captures past its groups is of no communicator of ours: nobody compares it, or registers in it.
+        if self._depth == 0 and tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        return served
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -214,17 +234,26 @@ class Groups:
             self._depth -= 1
 
     def detach(self, group: Any) -> None:
-        """Close what `attach` made, before the engine destroys the group; with the last group, the plane. Collective.
+        """Close what `attach` made, before the engine destroys the group; with the first group, the plane. Collective.
 
-        A second call for the same group does nothing.
+        A second call for the same group does nothing. Where another rank does not come, it closes all the same after the
+        start-up deadline, with a warning.
         """
         served: Served | None = group.__dict__.pop(_ATTRIBUTE, None)
         if served is not None:
-            self._served.remove(served)
+            del self._served[served]
             served.communicator.close()
-        self._alive.discard(group)
-        if self._asked and not self._alive:
-            self._asked = False
-            plane, self._plane = self._plane, None
-            if plane is not None:
-                plane.close()
+        if self._first is not None and self._first() is group:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Close the plane and what is left in it; groups that are still there go on with the engine's own. Collective."""
+        served, self._served = self._served, {}
+        for of in served.values():
+            group = of()
+            if group is not None:
+                group.__dict__.pop(_ATTRIBUTE, None)
+        plane, self._plane = self._plane, None
+        self._first = self._world = None
+        if plane is not None:
+            plane.close()

@@ -99,13 +99,13 @@ class Engine:
         )
 
     def _differences(self, seams: Iterable[Seam]) -> list[str]:
-        trees: dict[str, ast.Module | None] = {}
+        trees: dict[str, ast.Module | str] = {}
         out = []
         for seam in seams:
             if seam.module not in trees:
                 trees[seam.module] = _source(seam.module)
             tree = trees[seam.module]
-            text = f"wanted {seam} in {seam.module}, found no source of that module" if tree is None else seam.problem(tree)
+            text = f"wanted {seam} in {seam.module}, found {tree}" if isinstance(tree, str) else seam.problem(tree)
             if text is not None:
                 out.append(text)
         return out
@@ -118,16 +118,22 @@ def _within(found: str, wanted: str) -> bool:
         return False
 
 
-def _source(module: str) -> ast.Module | None:
-    """The parsed source of `module`, found without importing its package. Local."""
+def _source(module: str) -> ast.Module | str:
+    """The parsed source of `module`, found without importing its package; or what is found instead. Local."""
     top, *rest = module.split(".")
-    spec = find_spec(top)
+    try:
+        spec = find_spec(top)
+    except ValueError:  # something that was put into sys.modules and came from no file
+        spec = None
     for folder in () if spec is None else spec.submodule_search_locations or ():
         base = Path(folder).joinpath(*rest)
         for path in (base.with_suffix(".py"), base / "__init__.py"):
             if path.is_file():
-                return ast.parse(path.read_bytes())
-    return None
+                try:
+                    return ast.parse(path.read_bytes())
+                except (SyntaxError, ValueError) as error:  # written for a newer Python, or cut off
+                    return f"a source that this Python cannot read ({error})"
+    return "no source of that module"
 
 
 def _find(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:

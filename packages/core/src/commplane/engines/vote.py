@@ -2,58 +2,53 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from commplane.agree import REAL, Activity, BoundedStore, CaptureGuard, Clock, StoreBootstrap
 from commplane.errors import AgreementError, PeerError
 
-__all__ = ["active", "vote"]
+__all__ = ["Ballot", "active", "vote"]
 
-_PAUSE_S = 0.01
+Ballot = Mapping[str, "str | None"]
+"""``adapter`` and ``engine``, each with its version, and ``problem``: why the adapter may not work here, or None."""
 
 
 def vote(
-    store: Any,
-    rank: int,
-    world_size: int,
-    ballot: Mapping[str, str | None],
-    timeout: float,
-    who: str,
-    fix: str,
-    now: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> list[dict[str, str | None]]:
-    """Every rank's ballot by rank. Collective over `world_size` ranks; `store` is used for this vote alone.
+    store: Any, rank: int, world_size: int, ballot: Ballot, timeout: float, who: str, fix: str, clock: Clock = REAL
+) -> list[Ballot]:
+    """Every rank's ballot by rank. Collective over `world_size` ranks.
 
-    The outcome is decided once, by a compare-and-set: all ranks return, or all raise, also the one that came too late.
+    One round of the control plane, before there is a plane: its outcome is decided once, so all ranks return or all raise, also
+    one that came too late. A rank may vote again on the same store, in a round of its own, if the others do too.
 
     Raises:
         PeerError: ranks did not vote within `timeout` seconds, or the store is gone; names them, `who` asks and `fix` says what
             to do.
     """
-    keys = [f"ballot/{r}" for r in range(world_size)]
-    end = now() + timeout
+    bounded = BoundedStore(store, timeout, clock)
     try:
-        store.set(keys[rank], json.dumps(dict(ballot)))
-        # Polled: a blocking wait holds the store's one connection, which threads of the engine use too.
-        while not store.check(keys) and not store.check(["outcome"]) and now() < end:
-            sleep(_PAUSE_S)
-        absent = [] if store.check(keys) else [r for r, key in enumerate(keys) if not store.check([key])]
-        missing: list[int] = json.loads(store.compare_set("outcome", "", json.dumps(absent)))
-        if not missing:
-            return [json.loads(store.get(key)) for key in keys]
-    except RuntimeError as lost:
-        raise PeerError(f"{who} vote: wanted the store of the default group, found that it is gone ({lost}): {fix}") from lost
-    raise PeerError(
-        f"{who} vote: wanted the adapter on all {world_size} ranks, found no answer from rank "
-        f"{', '.join(map(str, missing))} within {timeout:g} s: {fix}",
-        missing,
+        prefix = f"vote/{bounded.add(f'votes/{rank}', 1)}"
+        activity = Activity(bounded, rank, f"{prefix}/activity")
+        activity.say("votes")
+        control = StoreBootstrap(
+            bounded, range(world_size), rank, prefix=prefix, timeout=timeout, who=who, guard=CaptureGuard(), activity=activity
+        )
+        return control.all_gather(dict(ballot), what="vote")
+    except PeerError as error:
+        raise PeerError(_absent(error, world_size, timeout, who, fix), error.missing_ranks) from error
+
+
+def _absent(error: PeerError, world_size: int, timeout: float, who: str, fix: str) -> str:
+    if not error.missing_ranks:
+        return f"{error}: {fix}" if str(error).startswith(who) else f"{who} vote: {error}: {fix}"
+    ranks = ", ".join(map(str, error.missing_ranks))
+    return (
+        f"{who} vote: wanted the adapter on all {world_size} ranks, found no answer from rank {ranks} within {timeout:g} s: {fix}"
     )
 
 
-def active(ballots: Sequence[Mapping[str, str | None]], who: str, fix: str) -> bool:
+def active(ballots: Sequence[Ballot], who: str, fix: str) -> bool:
     """Whether the adapter works on all ranks (True) or on none (False). Pure, so the same on every rank.
 
     Raises:

@@ -1,8 +1,9 @@
-"""What the adapter does with one group, on ranks as threads of one process: which sums are ours, and how captures nest."""
+"""What an adapter does with one group, on ranks as threads of one process: which sums are ours, and how captures nest."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from commplane.engines.groups import Groups, Served
+from commplane.engines import Engine, Groups, Served
 from commplane.errors import CommplaneError, CommunicatorError
 from commplane.testing import run_threads
-from commplane_sglang.seams import ENGINE, PURPOSES
+
+PURPOSES = frozenset({"tp"})
+ENGINE = Engine("torch", "commplane", ">=2", (), "start without it", "MADEUP_REPEATABLE")
 
 
 class Plan:
@@ -29,14 +32,17 @@ class Plan:
 class Communicator:
     """One that writes down what it is asked for."""
 
-    def __init__(self, plan):
-        self.plan, self.prepared, self.closed = plan, [], False
+    def __init__(self, plan, device="cpu"):
+        self.plan, self.prepared, self.closed, self.device = plan, [], False, device
 
     def prepare(self, collective, *, dtype, max_bytes):
         self.prepared.append((collective, dtype, max_bytes))
 
     def all_reduce(self, tensor):
         return tensor * 2
+
+    def all_reduce_(self, tensor):
+        return tensor.mul_(2)
 
     def close(self):
         assert not self.closed
@@ -82,7 +88,7 @@ class Plane:
 
 def at_work():
     groups = Groups(ENGINE, PURPOSES, logging.getLogger("test"))
-    groups._plane, groups._asked = Plane(), True
+    groups._plane = Plane()
     return groups
 
 
@@ -109,30 +115,75 @@ class Group:
         self.unique_name, self.ranks, self.world_size, self.device = f"{name}:0", [0, 1], 2, torch.device("cpu")
 
 
-def test_a_group_closes_once_and_the_last_one_takes_the_plane_along():
+def test_a_group_closes_once_and_the_first_one_takes_the_plane_along():
     groups = at_work()
-    plane, tp, world = groups.plane, Group("tp"), Group("world")
-    served = Served(Communicator(Plan()))
-    tp.commplane_served = served
-    groups._served.append(served)
-    groups._alive.update((tp, world))
+    plane, tp, ep, world = groups.plane, Group("tp"), Group("ep"), Group("world")
+    groups._first = weakref.ref(world)
+    for group in (tp, ep):
+        group.commplane_served = Served(Communicator(Plan()))
+        groups._served[group.commplane_served] = weakref.ref(group)
+    served = tp.commplane_served
     assert groups.all_reduce(tp, torch.empty(4)) == served.communicator.all_reduce
     groups.detach(tp)
     groups.detach(tp)
-    assert served.communicator.closed and not plane.closed and groups.served == ()
-    assert groups.all_reduce(tp, torch.empty(4)) is None
+    assert served.communicator.closed and not plane.closed and len(groups.served) == 1
+    assert groups.all_reduce(tp, torch.empty(4)) is None and groups.all_reduce(ep, torch.empty(4)) is not None
     groups.detach(world)
-    assert plane.closed and groups.plane is None
+    groups.detach(world)
+    assert plane.closed and groups.plane is None and groups.served == () and groups.all_reduce(ep, torch.empty(4)) is None
+
+
+class OnCuda:
+    """As much of a tensor on CUDA as is looked at before a sum."""
+
+    dtype, nbytes, is_cuda = torch.float32, 16, True
+
+    def is_contiguous(self):
+        return True
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_graph_that_is_captured_past_the_groups_has_the_engines_own_sums(monkeypatch, raw):
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: raw)
+    groups, tp = at_work(), Group("tp")
+    tp.commplane_served = Served(Communicator(Plan(), "cuda:0"))
+    assert (groups.all_reduce(tp, OnCuda()) is None) is raw and (groups.all_reduce_(tp, OnCuda()) is None) is raw
+    with groups.capture():  # one that the groups know of
+        assert groups.all_reduce(tp, OnCuda()) is not None
+
+
+def test_a_tensor_that_is_not_where_the_group_is_stays_the_engines():
+    groups, tp = at_work(), Group("tp")
+    tp.commplane_served = Served(Communicator(Plan(), "cuda:0"))
+    assert groups.all_reduce(tp, torch.empty(4)) is None
+    tp.commplane_served = Served(Communicator(Plan(), "cpu"))
+    assert groups.all_reduce(tp, OnCuda()) is None and groups.all_reduce(tp, torch.empty(4)) is not None
+
+
+class World:
+    """A default group."""
+
+
+@pytest.fixture
+def default_group(monkeypatch):
+    """A default group of two, in which `met(groups)` says that the vote was taken."""
+    world = World()
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.group", SimpleNamespace(WORLD=world))
+
+    def met(groups, plane):
+        groups._plane, groups._world = plane, weakref.ref(world)
+        return groups
+
+    return met
 
 
 @pytest.mark.timeout(60)
-def test_a_group_whose_plan_is_torch_alone_is_the_engines_on_all_ranks(monkeypatch):
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-
+def test_a_group_whose_plan_is_torch_alone_is_the_engines_on_all_ranks(default_group):
     def one(plane):
-        groups = Groups(ENGINE, PURPOSES, logging.getLogger("test"))
-        groups._plane, groups._asked = plane, True
+        groups = default_group(Groups(ENGINE, PURPOSES, logging.getLogger("test")), plane)
         tp, pp = Group("tp"), Group("pp")
+        groups._first = weakref.ref(pp)
         out = [groups.attach(tp), groups.attach(pp), groups.all_reduce(tp, torch.empty(4)), plane.communicators]
         groups.detach(tp)
         groups.detach(pp)
@@ -144,30 +195,30 @@ def test_a_group_whose_plan_is_torch_alone_is_the_engines_on_all_ranks(monkeypat
 
 
 @pytest.mark.timeout(60)
-def test_a_communicator_that_cannot_be_formed_ends_the_start_of_the_engine():
-    groups = at_work()
+def test_a_communicator_that_cannot_be_formed_ends_the_start_of_the_engine(default_group):
+    groups = default_group(at_work(), Plane())
 
     def communicator(name, ranks, device):
         raise CommunicatorError(f"[{name}] no")
 
     groups.plane.communicator = communicator
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.distributed.get_world_size", lambda: 2)
-        with pytest.raises(CommunicatorError, match=r"\[tp:0\] no"):
-            groups.attach(Group("tp"))
+    with pytest.raises(CommunicatorError, match=r"\[tp:0\] no"):
+        groups.attach(Group("tp"))
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("numerics", "at_work"), [("any", False), ("rank_order", True)])
-def test_who_asks_for_the_same_bits_in_every_batch_gets_sums_in_rank_order_or_the_engines(monkeypatch, caplog, numerics, at_work):
-    monkeypatch.setenv("SGLANG_ENABLE_DETERMINISTIC_INFERENCE", "1")
+@pytest.mark.parametrize(
+    ("asked", "numerics", "at_work"), [("1", "any", False), ("2", "any", False), ("1", "rank_order", True), ("0", "any", True)]
+)
+def test_who_asks_for_the_same_bits_in_every_batch_gets_sums_in_rank_order_or_the_engines(
+    monkeypatch, caplog, asked, numerics, at_work
+):
+    monkeypatch.setenv("MADEUP_REPEATABLE", asked)
     monkeypatch.setenv("COMMPLANE_NUMERICS", numerics)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", HashStore)
     with caplog.at_level(logging.WARNING):
         assert Groups(ENGINE, PURPOSES, logging.getLogger("test"))._vote() is at_work
-    text = (
-        "all ranks go on without commplane-sglang: wanted numerics=rank_order, because SGLANG_ENABLE_DETERMINISTIC_INFERENCE asks"
-    )
+    text = "all ranks go on without commplane: wanted numerics=rank_order, because MADEUP_REPEATABLE asks"
     assert (text in caplog.text) is not at_work
