@@ -6,6 +6,8 @@ Wants transformers. Nothing is fetched: the weights are random, which takes as l
 by torchrun; one line differs, ``init_process_group(backend)``; all have the model loaded and take turns, round by round,
 and those that wait are blocked on a socket. A turn is ``model.generate`` for one prompt. Over both backends it must give the same
 tokens. Beside them stands the model whole in one process, with as many threads as there are ranks.
+
+A row has tokens/s over whole turns, and by the median time of a token, which says more where other programs interrupt the ranks.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=32, help="that a turn generates (default 32)")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt (default 16)")
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default 7)")
+    parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default 15)")
     parser.add_argument("--ranks", type=int, default=2, help="that a model is split over (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows as JSON")
     options = parser.parse_args(arguments)
@@ -84,14 +86,14 @@ def measure(name: str, options: argparse.Namespace, folder: str) -> tuple[list[R
         parameters = groups["whole"].ask(do="make", folder=folder, shape=shape, dtype=options.dtype)[0]
         for group in groups.values():
             group.ask(do="load", folder=folder, dtype=options.dtype)
-        turns: dict[str, list[float]] = {way: [] for way in WAYS}
+        turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for number in range(options.rounds + 1):
             tokens = {}
             for way, group in groups.items():
                 answers = group.ask(do="generate", prompt=options.prompt, tokens=options.tokens)
                 tokens[way] = answers[0]["tokens"]
                 if number:
-                    turns[way].append(min(answer["tokens_per_s"] for answer in answers))
+                    turns[way].append({by: min(answer[by] for answer in answers) for by in ("turn", "median")})
             if tokens["gloo"] != tokens["commplane"]:
                 raise AssertionError(
                     f"{name}: other tokens over commplane, {tokens['commplane']}, than over gloo, {tokens['gloo']}"
@@ -105,14 +107,21 @@ def measure(name: str, options: argparse.Namespace, folder: str) -> tuple[list[R
             group.close()
 
 
-def rows_of(turns: dict[str, list[float]], common: dict[str, Any]) -> list[Row]:
-    """A row for each way: tokens/s over the rounds, and how many times Gloo's in the same round. Pure."""
+def rows_of(turns: dict[str, list[dict[str, float]]], common: dict[str, Any]) -> list[Row]:
+    """A row for each way: tokens/s over the rounds, and how many times Gloo's in the same round; both ways to say it. Pure."""
+
+    def of_gloo(found: list[dict[str, float]], by: str) -> dict[str, float]:
+        return _spread([f[by] / g[by] for f, g in zip(found, turns["gloo"], strict=True)])
+
     return [
         {
             **common,
             "way": way,
-            "tokens_per_s": _spread(found),
-            "of_gloo": _spread([f / g for f, g in zip(found, turns["gloo"], strict=True)]),
+            "rounds": len(found),
+            "tokens_per_s": _spread([f["turn"] for f in found]),
+            "of_gloo": of_gloo(found, "turn"),
+            "tokens_per_s_by_median_token": _spread([f["median"] for f in found]),
+            "of_gloo_by_median_token": of_gloo(found, "median"),
         }
         for way, found in turns.items()
     ]
@@ -129,14 +138,18 @@ def table(rows: Sequence[Row]) -> str:
         "gloo": "{ranks} ranks over gloo",
         "commplane": "{ranks} ranks over commplane",
     }
-    lines = [f"{'model':<18}{'':<26}{'tokens/s (low to high)':>28}{'times gloo':>22}"]
+    lines = [f"{'':<44}{'tokens/s (low to high)':>26}{'times gloo':>22}{'by median token':>26}{'times gloo':>22}"]
     for row in rows:
-        speed, ratio = ("{median:.1f} ({low:.1f} to {high:.1f})", "{median:.2f} ({low:.2f} to {high:.2f})")
-        way = what[row["way"]].format(**row)
-        lines.append(
-            f"{row['model'] + ' ' + row['dtype']:<18}{way:<26}"
-            f"{speed.format(**row['tokens_per_s']):>28}{ratio.format(**row['of_gloo']):>22}"
-        )
+        cells = [f"{row['model'] + ' ' + row['dtype']:<18}{what[row['way']].format(**row):<26}"]
+        for key, width in (
+            ("tokens_per_s", 26),
+            ("of_gloo", 22),
+            ("tokens_per_s_by_median_token", 26),
+            ("of_gloo_by_median_token", 22),
+        ):
+            form = "{median:.2f} ({low:.2f} to {high:.2f})" if "gloo" in key else "{median:.1f} ({low:.1f} to {high:.1f})"
+            cells.append(f"{form.format(**row[key]):>{width}}")
+        lines.append("".join(cells))
     return "\n".join(lines)
 
 
