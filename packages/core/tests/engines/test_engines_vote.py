@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from threading import Thread
 
@@ -68,6 +69,43 @@ def test_a_store_that_is_gone_is_an_error_and_no_wait():
     del server
     with pytest.raises(PeerError, match=r"^\[adapter rank 0/2\] vote: .*store.*: do it$"):
         vote(client, 0, 2, READY, 20, "[adapter rank 0/2]", "do it")
+
+
+class Slow:
+    """A store whose reads take their time."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def compare_set(self, *args):
+        time.sleep(0.3)
+        return self.store.compare_set(*args)
+
+
+@pytest.mark.timeout(60)
+def test_the_host_of_the_store_ends_only_when_all_know_that_they_differ():
+    master = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    clients, said = [master[0], Slow(TCPStore("127.0.0.1", master[0].port))], {}
+    ballots = [READY, {**READY, "problem": "wanted a, found b"}]
+
+    def one(rank):
+        try:
+            said[rank] = vote(clients[rank], rank, 2, ballots[rank], 10, f"[adapter rank {rank}/2]", "do it")
+        except PeerError as error:
+            said[rank] = error
+        if rank == 0:  # its process ends
+            clients[0] = None
+            master.clear()
+
+    threads = [Thread(target=one, args=(r,)) for r in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+    assert said == {0: ballots, 1: ballots}
 
 
 def test_the_adapter_works_on_all_ranks_or_on_none():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from commplane.agree import REAL, Activity, BoundedStore, CaptureGuard, Clock, StoreBootstrap
@@ -34,13 +35,17 @@ def vote(
         control = StoreBootstrap(
             bounded, range(world_size), rank, prefix=prefix, timeout=timeout, who=who, guard=CaptureGuard(), activity=activity
         )
-        return control.all_gather(dict(ballot), what="vote")
+        ballots: list[Ballot] = control.all_gather(dict(ballot), what="vote")
+        if any(b != ballots[0] for b in ballots):  # engines may end now: rank 0, whose process may host the store, does so last
+            with suppress(PeerError):  # who is gone by then has its ballots
+                control.farewell(timeout)
+        return ballots
     except PeerError as error:
         raise PeerError(_absent(error, world_size, timeout, who, fix), error.missing_ranks) from error
 
 
 def _absent(error: PeerError, world_size: int, timeout: float, who: str, fix: str) -> str:
-    if not error.missing_ranks:
+    if not error.missing_ranks or error.__cause__ is not None:  # too late, or the store is gone and with it what ranks said
         return f"{error}: {fix}" if str(error).startswith(who) else f"{who} vote: {error}: {fix}"
     ranks = ", ".join(map(str, error.missing_ranks))
     return (
