@@ -64,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     machine: dict[str, Any] = {}
     for name in options.models.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            more, machine = measure(name, options, folder)
+        more, machine = measure(name, options)
         rows += more
     machine["command"] = shlex.join(["python", *(sys.argv if arguments is None else [sys.argv[0], *arguments])])
     machine["load_before"] = load_before
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(name: str, options: argparse.Namespace, folder: str) -> tuple[list[Row], dict[str, Any]]:
+def measure(name: str, options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     """One model: a row for each way, and what rank 0 says of the machine."""
     groups: dict[str, Group] = {}
     try:
@@ -83,9 +82,10 @@ def measure(name: str, options: argparse.Namespace, folder: str) -> tuple[list[R
             _say(f"{name}: starting {way}")
             groups[way] = Group(way, 1 if way == "whole" else options.ranks, threads=options.ranks if way == "whole" else 1)
         shape = {"vocab_size": 32000, "max_position_embeddings": options.prompt + options.tokens + 8, **MODELS[name]}
-        parameters = groups["whole"].ask(do="make", folder=folder, shape=shape, dtype=options.dtype)[0]
-        for group in groups.values():
-            group.ask(do="load", folder=folder, dtype=options.dtype)
+        with tempfile.TemporaryDirectory() as folder:  # gone before minutes of turns, in which the bench may be killed
+            parameters = groups["whole"].ask(do="make", folder=folder, shape=shape, dtype=options.dtype)[0]
+            for group in groups.values():
+                group.ask(do="load", folder=folder, dtype=options.dtype)
         turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for number in range(options.rounds + 1):
             tokens = {}
