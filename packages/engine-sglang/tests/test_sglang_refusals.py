@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from commplane.errors import PluginCompatibilityError, UnsupportedOperation
+from commplane.errors import CaptureError, PluginCompatibilityError, UnsupportedOperation
 from commplane_sglang import register
-from commplane_sglang.plugin import _hooks, _not_applied, create, groups
+from commplane_sglang.plugin import _hooks, _not_applied, create, destroy, groups
 from commplane_sglang.seams import ENGINE
 
 STANDIN = Path(__file__).parent / "sglang_standin"
@@ -159,3 +159,14 @@ def test_a_hook_that_sglang_could_not_apply_is_found(engine, skipped):
     HookRegistry.apply_hooks()
     text = _not_applied(GroupCoordinator, _hooks())
     assert text is not None and text.startswith(f"wanted hooks on GroupCoordinator.{skipped}, found that they are not there")
+
+
+def test_sglang_destroys_its_group_also_where_ours_cannot_close(monkeypatch):
+    def refuse(group):
+        raise CaptureError("close inside a capture: do it after")
+
+    monkeypatch.setattr(groups, "detach", refuse)
+    destroyed = []
+    with pytest.raises(CaptureError):
+        destroy(destroyed.append, "tp")
+    assert destroyed == ["tp"]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from commplane.engines import lost
-from commplane.errors import PluginCompatibilityError
+from commplane.errors import CaptureError, PluginCompatibilityError
 from commplane_vllm import register
-from commplane_vllm.plugin import _hooks, groups
+from commplane_vllm.plugin import _hooks, destroy, groups
 from commplane_vllm.seams import ENGINE
 
 STANDIN = Path(__file__).parent / "vllm_standin"
@@ -97,3 +97,14 @@ def test_a_hook_that_another_plugin_has_put_away_is_found(engine, monkeypatch):
     assert lost(GroupCoordinator, _hooks()) == (
         "wanted hooks on GroupCoordinator._all_reduce_out_place, found that they are not there"
     )
+
+
+def test_vllm_destroys_its_group_also_where_ours_cannot_close(monkeypatch):
+    def refuse(group):
+        raise CaptureError("close inside a capture: do it after")
+
+    monkeypatch.setattr(groups, "detach", refuse)
+    destroyed = []
+    with pytest.raises(CaptureError):
+        destroy(destroyed.append, "tp")
+    assert destroyed == ["tp"]
