@@ -22,21 +22,19 @@ pytestmark = pytest.mark.timeout(60)
         (checks.dtype("float64"), "wanted one of bfloat16, float16, float32, found float64: convert the tensor"),
         (checks.device("residual", "cuda:0", "cuda:0"), None),
         (checks.device("residual", "cuda:0", "cpu"), "wanted a residual on cuda:0, found one on cpu: move it"),
-        (checks.format_served(QuantFormat.FP8_GROUP, 9, 0, "float32"), None),
-        (checks.format_served(QuantFormat.NVFP4, 10, 3, "bfloat16"), None),
-        (checks.format_served(QuantFormat.NVFP4, 12, 0, "float16"), None),
+        (checks.format_served(QuantFormat.FP8_GROUP, 9, 0), None),
+        (checks.format_served(QuantFormat.NVFP4, 10, 3), None),
+        (checks.format_served(QuantFormat.NVFP4, 12, 0), None),
         (
-            checks.format_served(QuantFormat.NVFP4, 9, 0, "bfloat16"),
+            checks.format_served(QuantFormat.NVFP4, 9, 0),
             "wanted a GPU of compute capability 10.0 or more for nvfp4, found 9.0: choose an fp8 format",
         ),
+        (checks.two_shot(5, 32, 2, 4), None),
+        (checks.two_shot(5, 16, 4, 4), None),
+        (checks.two_shot(4, 32, 2, 4), "wanted more than 4 tokens for a two-shot of 4 ranks, found 4: use a one-shot"),
         (
-            checks.format_served(QuantFormat.NVFP4, 10, 0, "float32"),
-            "wanted a dtype of 16 bits for nvfp4, found float32: convert the tensor",
-        ),
-        (checks.two_shot(5, 4), None),
-        (
-            checks.two_shot(4, 4),
-            "wanted more than 4 tokens for a two-shot of 4 ranks, found 4: let it be a one-shot",
+            checks.two_shot(5, 24, 2, 4),
+            "wanted a hidden size of 32 or more for a two-shot of 4 ranks, found 24: use a one-shot",
         ),
         (checks.launchable(4096, 2), None),
         (checks.launchable(65536, 2), None),
@@ -131,7 +129,9 @@ def test_a_sum_is_cut_into_rows_that_have_a_launch(world_size: int) -> None:
             tokens, hidden, as_one = patterns.plan_shape(count, world_size, one_shot)
             assert 0 <= tokens * hidden - count < 256
             assert checks.launchable(hidden, 2) is None and checks.launchable(hidden, 4) is None
-            assert as_one or checks.two_shot(tokens, world_size) is None
+            assert (
+                as_one or checks.two_shot(tokens, hidden, 2, world_size) is checks.two_shot(tokens, hidden, 4, world_size) is None
+            )
             assert as_one or not one_shot
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from flashinfer_double import Machine, ranks_on
 
-from commplane.api import Collective, Quantization, quantize
+from commplane.api import Quantization, quantize
 from commplane.runtime import Plane
-from commplane_flashinfer import backend as module
 from commplane_flashinfer.backend import FlashInfer
 from commplane_flashinfer.topology import Card
 
@@ -38,22 +37,3 @@ def test_on_an_older_gpu_the_plan_composes_nvfp4_of_the_fused_norm_on_all_ranks(
     assert said[0] == said[1], said
     assert "flashinfer" in said[0][0] and "composed" in said[0][0]
     assert said[0][1]
-
-
-def test_of_float32_only_nvfp4_is_made_of_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    norm, total = torch.randn(2, 64), torch.randn(2, 64)
-
-    def bind(held: Any, context: Any, collective: Collective, *rest: Any, in_place: bool) -> Any:
-        whole = collective is Collective.ALL_REDUCE_RMS_NORM_QUANT
-        return (lambda *args: "in one kernel") if whole else (lambda *args: (norm, total))
-
-    monkeypatch.setattr(module.calls, "bind", bind)
-    backend: Any = FlashInfer()
-    backend._workspaces, backend._context = object(), None
-    call = backend.bind(Collective.ALL_REDUCE_RMS_NORM_QUANT, None, torch.float32, in_place=False)
-    how = Quantization("nvfp4", torch.tensor([16.0]))
-    got, kept, new = call(norm, total, norm[0], 1e-6, 0.0, how, True)
-    assert torch.equal(got.values, quantize(norm, how).values)
-    assert kept is norm and new is total
-    assert call(norm, total, norm[0], 1e-6, 0.0, how, False)[1] is None
-    assert call(norm, total, norm[0], 1e-6, 0.0, Quantization("fp8_token"), True) == "in one kernel"
