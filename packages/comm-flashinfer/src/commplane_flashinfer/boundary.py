@@ -7,7 +7,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from commplane.errors import CommunicatorError
 from commplane_flashinfer import preflight, topology
 from commplane_flashinfer.exchange import Exchange
 from commplane_flashinfer.topology import Card
@@ -64,8 +63,14 @@ class Boundary:
         ordinal = torch.device(device).index or 0
         return preflight.spare(ordinal, sizes)
 
-    def settle(self, device: str, seconds: float) -> bool:
-        """Wait for all that runs on `device`; whether it ended in time. A kernel may wait for a lost rank for ever."""
+    def empty_cache(self) -> None:
+        """Give back to the driver what torch keeps of freed tensors."""
+        import torch
+
+        torch.cuda.empty_cache()
+
+    def settle(self, device: str, seconds: float) -> str | None:
+        """Wait for all that runs on `device`, which may wait for a lost rank for ever. Why it is not at rest, or None."""
         import torch
 
         problems: list[Exception] = []
@@ -73,15 +78,17 @@ class Boundary:
         def wait() -> None:
             try:
                 torch.cuda.synchronize(torch.device(device))
-            except Exception as error:  # raised where it is waited for
+            except Exception as error:  # said where it is waited for
                 problems.append(error)
 
         thread = threading.Thread(target=wait, name="commplane-flashinfer settle", daemon=True)
         thread.start()
         thread.join(seconds)
         if problems:
-            raise CommunicatorError(f"wanted {device} to come to rest, found a fault of an earlier call: {problems[0]}")
-        return not thread.is_alive()
+            return f"wanted {device} to come to rest, found a fault of an earlier call ({' '.join(str(problems[0]).split())})"
+        if thread.is_alive():
+            return f"wanted its kernels to end within {seconds:g} s, found them waiting for a lost rank"
+        return None
 
     def free(self, raw: Any) -> None:
         """Free a workspace. FlashInfer's ``destroy`` alone leaves its memory in a global of a module, and a control block."""
