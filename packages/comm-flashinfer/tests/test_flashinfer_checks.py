@@ -1,4 +1,4 @@
-"""What FlashInfer does not look at: each check, its text, and the order of streams."""
+"""What FlashInfer does not look at: each check and its text."""
 
 import inspect
 
@@ -6,7 +6,6 @@ import pytest
 
 from commplane.api import QuantFormat
 from commplane_flashinfer import checks, patterns
-from commplane_flashinfer.order import StreamOrder
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -142,63 +141,6 @@ def test_every_group_has_a_size_up_to_which_one_shot_runs(world_size: int, major
     assert patterns.one_shot_limit("auto", 100, world_size, major) == 100
     assert patterns.one_shot_limit("one_shot", 1 << 30, world_size, major) == 1 << 30
     assert patterns.one_shot_limit("two_shot", 1 << 30, world_size, major) == 0
-
-
-class Streams:
-    """Streams that remember what waited for what."""
-
-    def __init__(self) -> None:
-        self.in_capture: set[int] = set()
-        self.edges: list[tuple[int, int]] = []
-
-    def capturing(self, stream: int) -> bool:
-        return stream in self.in_capture
-
-    def after(self, stream: int, earlier: int) -> None:
-        self.edges.append((stream, earlier))
-
-
-def follow(order: StreamOrder, *streams: int) -> None:
-    for stream in streams:
-        if stream != order.fast:
-            order.follow(stream)
-
-
-def test_a_call_on_another_stream_waits_for_the_last_one() -> None:
-    streams = Streams()
-    order = StreamOrder(streams)
-    follow(order, 0, 0, 7, 7, 0)
-    assert streams.edges == [(7, 0), (0, 7)]
-
-
-def test_a_capture_does_not_wait_for_what_ran_before_it_and_what_follows_waits_for_the_last_eager_call() -> None:
-    streams = Streams()
-    order = StreamOrder(streams)
-    follow(order, 1)
-    streams.in_capture = {2}
-    follow(order, 2, 2)
-    assert streams.edges == []
-    streams.in_capture = set()
-    follow(order, 2)
-    assert streams.edges == [(2, 1)]
-
-
-def test_streams_of_one_capture_are_ordered_by_edges_of_the_graph() -> None:
-    streams = Streams()
-    order = StreamOrder(streams)
-    follow(order, 1)
-    streams.in_capture = {1, 2, 3}
-    follow(order, 2, 3, 3, 2)
-    assert streams.edges == [(3, 2), (2, 3)]  # not of the eager one, whose work is not in the graph
-
-
-def test_an_eager_call_beside_a_capture_is_not_drawn_into_it() -> None:
-    streams = Streams()
-    order = StreamOrder(streams)
-    follow(order, 1)
-    streams.in_capture = {1}
-    follow(order, 5)
-    assert streams.edges == []
 
 
 def test_patterns_and_arguments_are_those_of_the_installed_flashinfer() -> None:
