@@ -11,7 +11,8 @@ import torch
 
 from commplane import errors
 from commplane.plugins import PluginHost
-from commplane.runtime import Plane, tune
+from commplane.runtime import Plane
+from commplane.runtime.tune import measure
 from commplane.testing import run_threads
 
 pytestmark = pytest.mark.timeout(60)
@@ -51,13 +52,14 @@ def test_whole_and_composed_ways_are_measured_and_every_rank_has_the_same_plan()
 
 def test_ranks_that_measure_different_times_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 finds one way fast, rank 1 the other; the slowest rank of each counts."""
+    verified = measure.Tuner._verified
 
-    def timer(self: Any, _call: Any) -> Callable[[int], float]:
-        count = self._timers = getattr(self, "_timers", 0) + 1
-        mine = {(0, 1): 10.0, (0, 0): 50.0, (1, 1): 60.0, (1, 0): 20.0}[self._bootstrap.rank, count % 2]
-        return lambda _calls: mine
+    def timed(self: Any, way: Any, data: Any) -> Any:
+        assert verified(self, way, data)[1] is None
+        took = {(0, "fused"): 10.0, (0, "composed:torch"): 50.0, (1, "fused"): 60.0, (1, "composed:torch"): 20.0}
+        return lambda _calls: took[self._rank, way.label], None
 
-    monkeypatch.setattr(tune.Tuner, "_timer", timer)
+    monkeypatch.setattr(measure.Tuner, "_verified", timed)
 
     def rank_main(plane: Plane) -> Any:
         tp = plane.communicator("tp")
@@ -88,7 +90,7 @@ def test_a_way_that_gives_a_wrong_result_is_demoted_on_all_ranks_with_the_reason
 
     first, second = run(rank_main)
     assert first == second
-    assert first[1].startswith("failed when it was tuned: rank 0, 1: ")
+    assert first[1].startswith("failed when it was tuned: ranks 0, 1: ")
     assert "the residual wrong at 256 of 256 elements" in first[1]
 
 

@@ -19,7 +19,7 @@ from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable,
 from commplane.runtime.joint import JointSteps
 from commplane.runtime.memory import GroupMemory
 from commplane.runtime.norm_calls import NormCalls
-from commplane.runtime.tune import Tuner, subject_of
+from commplane.runtime.tune import Steps, Tuner, check_outcome, subject_of
 from commplane.select import Plan, Timings
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Communicator(NormCalls):
         self._fault: Exception | None = None
         self._closed = False
         self._capturing = False
+        self._tunings = 0
 
     @property
     def who(self) -> str:
@@ -139,8 +140,10 @@ class Communicator(NormCalls):
     ) -> None:
         """Measure every way to run a call at each size, and from now on take the fastest. Collective, outside of a capture.
 
-        Each way is verified before it is timed; one that gives a wrong result does not run this call again, on any rank. The
-        plan is another one afterwards: `plan.timings` has what was measured, equal on every rank.
+        Each way is verified before it is timed; one that gives a wrong result does not run this call again, on any rank, nor what
+        is composed of it. One that all ranks fail in runs from that size on no more. Where memory ends, or nothing can be run,
+        sizes end, with a warning on the first rank. The plan is another one afterwards: `plan.timings` has what was measured,
+        equal on every rank. Times are those of one hidden size; another one may have others.
 
         Args:
             collective: ``all_reduce``, ``all_reduce_rms_norm`` or ``all_reduce_rms_norm_quant``.
@@ -156,7 +159,8 @@ class Communicator(NormCalls):
             UnsupportedOperation: the call is none that can be tuned, or no backend serves it.
             MismatchError: the ranks called with different arguments.
             CaptureError: a capture is open.
-            CommunicatorError: a way failed on some ranks only; the communicator is poisoned.
+            CommunicatorError: a way failed on some ranks only, and the communicator is poisoned; or nothing could be measured,
+                or calls would be left with no way to run, and the plan stays.
         """
         self.check_usable("tune")
         subject = subject_of(self.who, self.device, collective, dtype, max_bytes, sizes, hidden, op, graph)
@@ -166,22 +170,24 @@ class Communicator(NormCalls):
             raise self.plan.unsupported(self.who, subject.collective, op, subject.dtype)
         for part in sorted({subject.collective, *(r.part for routes in ways.values() for r in routes if r.part is not None)}):
             self.prepare(part, dtype=subject.dtype, max_bytes=subject.sizes[-1])
+        self._tunings += 1
+        seconds = 2 * self._startup_timeout  # a step may hold a vote of its own, on a capture
         tuner = Tuner(
             subject,
             ways,
             self.device,
-            self._bootstrap,
+            self.rank,
+            self.world_size,
+            Steps(self.who, self._bootstrap, self._tunings, self.device, seconds, self.poison, lambda: self.check_usable("tune")),
             lambda routes: DispatchTable(self.who, self.plan.only(routes), self._bindable),
             lambda: capture_all(CaptureGuard(), [self]) if self.captures else nullcontext(),
-            2 * self._startup_timeout,
-            lambda: self.check_usable("tune"),
+            self._bootstrap.clock.now,
         )
-        try:
-            curves = tuner.run(budget_s)
-        except Exception as error:
-            self.poison(error)
-            raise
+        curves = tuner.run(budget_s)
         plan = self.plan.tuned((self.plan.timings or Timings()).merged(curves))
+        check_outcome(self.who, curves, tuner.stopped, plan, self.plan)
+        if tuner.stopped and self.rank == 0:
+            notice(f"{self.who} tune ended before the last size at {tuner.stopped}")
         self._joint.compare("tune, the plan", {"digest": plan.digest}, self.poison)
         self.plan = plan
         self._memory.follow(plan)
