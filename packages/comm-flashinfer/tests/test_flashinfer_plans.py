@@ -28,9 +28,7 @@ def test_a_two_shot_is_only_made_of_more_tokens_than_ranks(algorithm: str, token
 def test_rows_of_fewer_vectors_than_ranks_go_by_one_shot(world_size: int, hidden: int, algorithm: str) -> None:
     world = World(world_size, most=1 << 20, options={"algorithm": algorithm}, major=9)
     limit = one_shot_limit("auto", 1 << 30, world_size, 9)
-    tokens = min(
-        limit // hidden // 2 + world_size + 1, (1 << 20) // hidden
-    )  # more than `auto` has one-shots for, where it fits
+    tokens = min(limit // hidden // 2 + world_size + 1, (1 << 20) // hidden)  # more than `auto` has one-shots for, where it fits
     value, weight = torch.ones((tokens, hidden), dtype=torch.bfloat16), torch.ones(hidden, dtype=torch.bfloat16)
     found = world.run(lambda rank, r: rank.bind(NORM)(value, value, weight, 1e-5, 0.0)[1])
     assert all(torch.equal(total, value * (world_size + 1)) for total in found)

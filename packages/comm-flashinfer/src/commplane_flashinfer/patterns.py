@@ -13,7 +13,7 @@ ALL_REDUCE = 0
 NORM = 1
 """Writes `residual_out` and `norm_out`."""
 SWIZZLED_128X4 = 0
-"""The layout of NVFP4's scales that `commplane.api.swizzled_offsets` describes. The kernels write no scales in 8x4."""
+"""The layout of NVFP4's scales that `commplane.api.quantize.swizzled_offsets` describes. The kernels write no scales in 8x4."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,12 @@ __all__ = ["CanaryError", "check", "verify_overrides"]
 # Beyond one element a rank, so that vector code and its tail both run.
 _REPEATS = 9
 
+# Columns of a row that is normed, of each rank: a few, and vector code has a tail again.
+_NORM_COLUMNS = 12
+# Groups of a row that is quantised: more than the four whose scales share a word. Three rows of them are 1920 elements, however
+# many the ranks: what a backend has to have room for to be tried.
+_GROUPS = 5
+
 # How far a norm may be from the exact one, in units of its last place.
 _NORM_ULPS = 2
 
@@ -81,10 +87,10 @@ def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> Non
     settle(context.device)  # nothing of it runs on beside the first call of the user, whose stream is another
 
 
-def _values(context: BuildContext, dtype: torch.dtype, salt: int) -> Tensor:
-    """Row r is what rank r contributes."""
+def _values(context: BuildContext, dtype: torch.dtype, salt: int, count: int | None = None) -> Tensor:
+    """Row r is what rank r contributes, `count` elements."""
     n = context.world_size
-    rows = torch.zeros(n, n * _REPEATS)
+    rows = torch.zeros(n, n * _REPEATS if count is None else count)
     for r in range(n):
         rows[r, r::n] = 1 + (r + salt) % 5
     return rows.to(device=context.device, dtype=dtype)
@@ -140,15 +146,16 @@ def _check_norm(
     backend: CommBackend, context: BuildContext, dtype: torch.dtype, salt: int, how: Quantization | None = None
 ) -> None:
     """Three rows whose squares have the means 3, 15 and 63, which an eps of 1 makes powers of 4; in the second round times 4."""
-    rows = _values(context, dtype, salt).repeat(1, 4).reshape(context.world_size, 3, -1)
-    if how is not None:  # as long as a group, which every format divides
-        rows = rows.repeat(1, 1, how.group // 4)
-    hidden = rows.shape[-1]
+    n = context.world_size
+    hidden = n * _NORM_COLUMNS if how is None else how.group * _GROUPS  # the group of fp8_group, which every format divides
+    rows = _values(context, dtype, salt, 3 * hidden).reshape(n, 3, hidden)
     scale = 1 + salt
     new = torch.tensor([[1, 3, -1, 1], [1, -1, 3, 7], [-1, 1, 9, 13]]).mul_(scale).repeat(1, hidden // 4).to(rows)
     inverse = torch.tensor([[1 / 2], [1 / 4], [1 / 8]], dtype=torch.float64, device=rows.device) / scale
     residual = new - rows.sum(0)
-    weight = (torch.arange(hidden, device=rows.device) % 7 + 0.5).to(dtype)
+    column = torch.arange(hidden, device=rows.device)
+    # Every other stretch as long as a group has smaller norms, so that the scale of a neighbour is another one.
+    weight = (column % torch.where(column // 128 % 2 == 0, 7, 2) + 0.5).to(dtype)
     eps, weight_bias = float(scale**2), float(salt)
     norm = new.double() * inverse * (weight_bias + weight.double())
     what = f"eps {eps:g} and weight_bias {weight_bias:g} of {str(dtype).removeprefix('torch.')}"

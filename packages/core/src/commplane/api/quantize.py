@@ -65,8 +65,10 @@ class Quantized:
         values: float8_e4m3fn of the shape of the norm; ``nvfp4``: uint8 ``[..., hidden / 2]``, the even element in the low half.
         scales: ``fp8_static``: the scale given. ``fp8_token``: float32 ``[..., 1]``. ``fp8_group``: int32
             ``[T, ceil(hidden / group / 4)]``, stored column by column with columns of T rounded up to 4; byte k of a word is the
-            exponent (a power of two, biased by 127) of group 4 * column + k. ``nvfp4``: uint8, float8_e4m3fn bit patterns of
-            blocks of 16 at `swizzled_offsets`; padding is 0.
+            exponent (a power of two, biased by 127) of group 4 * column + k; what lies in a column behind token T is not
+            specified. ``nvfp4``: uint8, float8_e4m3fn bit patterns of blocks of 16 at `swizzled_offsets`; padding is 0.
+
+    Of a norm with NaN or an infinity nothing is specified: `quantize` lets NaN stay NaN, kernels may store a number for it.
     """
 
     format: QuantFormat
