@@ -35,10 +35,27 @@ from commplane_flashinfer.boundary import Boundary
 from commplane_flashinfer.probe import missing_module
 from commplane_flashinfer.topology import Card
 
-__all__ = ["Machine", "flashinfer_of", "probe", "ranks_on"]
+__all__ = ["Alone", "DoubleBoundary", "Machine", "flashinfer_of", "probe", "ranks_on"]
 
 ABSENT: set[int] = set()
 """Global ranks on which flashinfer is not installed."""
+
+
+class Alone:
+    """The control plane of rank 0, where the others say what it says, and the last one in the round `fails` that it broke."""
+
+    rank = 0
+
+    def __init__(self, world_size: int = 2, fails: int = 0) -> None:
+        self.world_size, self.ranks = world_size, tuple(range(world_size))
+        self._fails = fails
+        self._rounds = 0
+
+    def all_gather(self, value: Any, *, what: str, timeout: float | None = None) -> list[Any]:
+        """What this rank says, and what the others do."""
+        self._rounds += 1
+        last = {**value, "problem": "it broke"} if self._rounds == self._fails else value
+        return [*[value] * (self.world_size - 1), last]
 
 
 class _Buffer:
@@ -93,7 +110,7 @@ class DoubleComm(Comm):
         handles = [[id(b)] for b in buffers]
         self.references[id(handles)] = buffers
         if self._rank in self._machine.breaks_late:
-            raise RuntimeError("the lamport buffer could not be set")
+            raise self._machine.breaks_with("the lamport buffer could not be set")
         comm_backend.barrier()
         major, _ = self._machine.card(self._rank).capability
         raw = _Raw(self._machine.group(token, world_size, major), rank, most, str(dtype) == "torch.float32")
@@ -184,6 +201,7 @@ class Machine:
         cached: of these, what torch keeps for itself until it is told to give it back.
         faults: why a device does not come to rest, by global rank.
         preflight_misses, breaks_late, unloadable, capturing, stuck: global ranks on which that is so.
+        breaks_with: what it breaks with.
         cards: other cards than H200, by global rank.
     """
 
@@ -194,6 +212,7 @@ class Machine:
         self.faults: dict[int, str] = {}
         self.preflight_misses: set[int] = set()
         self.breaks_late: set[int] = set()
+        self.breaks_with: type[BaseException] = RuntimeError
         self.unloadable: set[int] = set()
         self.capturing: set[int] = set()
         self.stuck: set[int] = set()

@@ -37,3 +37,20 @@ def test_on_an_older_gpu_the_plan_composes_nvfp4_of_the_fused_norm_on_all_ranks(
     assert said[0] == said[1], said
     assert "flashinfer" in said[0][0] and "composed" in said[0][0]
     assert said[0][1]
+
+
+def test_on_a_newer_gpu_nvfp4_is_one_kernel_on_all_ranks() -> None:
+    machine = Machine()
+    machine.cards = {r: Card(f"GPU-{r}", "B200", (10, 0), False) for r in range(2)}
+
+    def rank(plane: Plane) -> Any:
+        x = torch.ones(4, 256, dtype=torch.bfloat16)
+        how = Quantization("nvfp4", torch.tensor([16.0]))
+        with plane.communicator("tp") as comm:
+            machine.comm(plane.rank).calls.clear()
+            found, norm, _ = comm.all_reduce_rms_norm_quant(x, x, x[0].clone(), how, keep_norm=True)
+            assert norm is not None
+            patterns = [call["pattern"] for call in machine.comm(plane.rank).calls]
+            return patterns, torch.equal(found.values, quantize(norm, how).values)
+
+    assert ranks_on(machine, 2, rank) == [([5], True)] * 2
