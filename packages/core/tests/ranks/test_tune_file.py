@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fused
 import pytest
+import torch
 
 from commplane import errors
+from commplane.api import Usable
 from commplane.cli import main
-from commplane.runtime import Plane
-from commplane.runtime.tuning import Tuning, facts_of
+from commplane.runtime import Plane, follow
+from commplane.runtime.follow import facts_of
+from commplane.runtime.tuning import Tuning
 from commplane.select import Curve, Timings
-from commplane.testing import run_threads
+from commplane.testing import run_threads, without_canary
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -33,7 +38,7 @@ def written(path: Path, **changes: Any) -> Tuning:
 
     def rank_main(plane: Plane) -> dict[str, Any]:
         comm = plane.communicator("tp")
-        return facts_of(comm.plan, plane.facts, comm.device)
+        return facts_of(comm.plan, plane.facts, comm.device, plane.config.options)
 
     facts = run(rank_main, lambda _rank: {"timeout": 20})[0]
     out = Tuning({**facts, **changes}, TIMINGS, str(path))
@@ -65,6 +70,97 @@ def test_a_file_of_another_group_is_not_used_and_says_so_once(tmp_path: Path) ->
     assert len(texts) == 1 and "ranks was 8, here it is 2; write one with commplane tune" in texts[0]
 
 
+def followed(path: Path, config: dict[str, Any] | None = None, **spec: Any) -> tuple[list[Any], list[str]]:
+    """What two ranks choose with the file, and what they are told of it."""
+
+    def settings(_rank: int) -> dict[str, Any]:
+        return {"timeout": 20, "tuning": str(path), **(config or {})}
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = run_threads(2, chosen, plugins=lambda _rank: fused.host(**spec), config=settings)
+    return found, [str(w.message) for w in caught if "tuning file" in str(w.message)]
+
+
+def test_a_file_that_fits_some_ranks_only_is_used_by_none_and_the_notice_names_rank_and_fact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "t.json", device="NVIDIA H100")
+    names = iter(["NVIDIA H100", "NVIDIA H200"])
+    monkeypatch.setattr(follow, "device_name", lambda _device, _machine: next(names))
+    found, texts = followed(tmp_path / "t.json")
+    assert found == [("fused", False)] * 2
+    (text,) = texts
+    assert re.search(r": on rank [01] device was 'NVIDIA H100', here it is 'NVIDIA H200'; write one", text)
+
+
+def test_a_fact_that_the_file_leaves_out_may_be_anything(tmp_path: Path) -> None:
+    Tuning({"ranks": 2}, TIMINGS).write(str(tmp_path / "t.json"))
+    found, texts = followed(tmp_path / "t.json")
+    assert found == [("composed of all_reduce by torch and torch", True)] * 2 and not texts
+
+
+@pytest.mark.parametrize(
+    ("config", "spec", "fact"),
+    [
+        ({"fused": {"algorithm": "two_shot"}}, {}, "backends.fused.options.algorithm was 'auto', here it is 'two_shot'"),
+        ({}, {"probe": "test_tune_file:other_kernels"}, "backends.fused.found.kernels was '1.0', here it is '2.0'"),
+    ],
+)
+def test_other_options_and_another_version_of_what_a_backend_stands_on_are_another_group(
+    tmp_path: Path, config: dict[str, Any], spec: dict[str, Any], fact: str
+) -> None:
+    same = {"options": {"algorithm": "auto"}, "probe": "test_tune_file:kernels"}
+    backend = {"dist": "fused-wheel 1.0", "found": {"kernels": "1.0"}, "options": {"algorithm": "auto"}}
+    path = tmp_path / "t.json"
+    Tuning({"backends": {**written(path).facts["backends"], "fused": backend}}, TIMINGS).write(str(path))
+    assert followed(path, **same)[0] == [("composed of all_reduce by torch and torch", True)] * 2
+    found, (text,) = followed(path, config, **{**same, **spec})
+    assert found == [("fused", False)] * 2 and fact in text
+
+
+def kernels(_request: Any, _facts: Any) -> Usable:
+    return Usable({"kernels": "1.0"})
+
+
+def other_kernels(_request: Any, _facts: Any) -> Usable:
+    return Usable({"kernels": "2.0"})
+
+
+def explained(plane: Plane) -> str:
+    comm = plane.communicator("tp", device="cuda:0")
+    return str(comm.plan.explain("all_reduce_rms_norm", nbytes=1 << 24, dtype="bfloat16"))
+
+
+@pytest.fixture
+def two_h200(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs ranks whose GPUs are called so, with a backend of the name of one that the shipped file has times of."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    monkeypatch.setattr(follow, "device_name", lambda _device, _machine: "NVIDIA H200")
+    spec = {"name": "custom_ar", "device": "any", "factory": "fused:Both", "capabilities": {"all_reduce", "all_reduce_rms_norm"}}
+
+    def go(**config: Any) -> list[str]:
+        with without_canary():
+            return run_threads(
+                2, explained, plugins=lambda _rank: fused.host(**spec), config=lambda _rank: {"timeout": 20, **config}
+            )
+
+    return go
+
+
+def test_two_h200_follow_what_is_shipped_and_explain_shows_the_fused_call_the_pairs_and_the_file(two_h200: Any) -> None:
+    first, second = two_h200()
+    assert first == second
+    lines = first.splitlines()
+    assert lines[0].endswith("custom_ar, 53.6 us (hidden 4096, commplane/tunings/nvidia-h200-x2.json)")
+    assert "  not composed of all_reduce by custom_ar and torch: 71.3 us at 16777216 bytes, custom_ar takes 53.6" in lines
+
+
+def test_where_the_setting_is_off_nothing_is_followed(two_h200: Any) -> None:
+    for value in ("off", ""):
+        assert all("us" not in line.split() for line in two_h200(tuning=value)[0].splitlines())
+
+
 def test_files_that_differ_stop_every_rank(tmp_path: Path) -> None:
     tuning = written(tmp_path / "0.json")
     replace(tuning, timings=Timings(TIMINGS.curves[:1])).write(str(tmp_path / "1.json"))
@@ -79,8 +175,8 @@ def test_files_that_differ_stop_every_rank(tmp_path: Path) -> None:
     [
         (None, "cannot be read"),
         ("{", "is not valid JSON"),
-        ("[]", "wants version 1 and facts"),
-        (json.dumps({"version": 1, "facts": {}, "timings": [{"collective": "all_reduce"}]}), "is broken: a curve wants"),
+        ("[]", "wants version 2 and facts"),
+        (json.dumps({"version": 2, "facts": {}, "timings": [{"collective": "all_reduce"}]}), "is broken: a curve wants"),
     ],
 )
 def test_a_broken_file_is_a_configuration_error(tmp_path: Path, text: str | None, wanted: str) -> None:

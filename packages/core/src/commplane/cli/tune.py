@@ -10,7 +10,9 @@ from commplane.api import Collective, QuantFormat, ReduceOp
 from commplane.cli.launch import add_ranks_option, in_ranks
 from commplane.cli.parse import DTYPE_ALIASES, parse_size
 from commplane.runtime import Communicator, init
-from commplane.runtime.tuning import Tuning, facts_of
+from commplane.runtime.follow import facts_of
+from commplane.runtime.tuning import Tuning
+from commplane.select import Timings
 
 __all__ = ["add_commands"]
 
@@ -77,7 +79,9 @@ def _tune(options: argparse.Namespace) -> int:
         if plane.rank == 0:
             print(_table(comm), flush=True)
             if options.out:
-                Tuning(facts_of(comm.plan, plane.facts, comm.device), comm.plan.timings).write(options.out)
+                found = facts_of(comm.plan, plane.facts, comm.device, plane.config.options)
+                # What has a source was followed and not measured here.
+                Tuning(found, Timings(tuple(c for c in comm.plan.timings.curves if not c.source))).write(options.out)
         failed = any(c.failed for c in comm.plan.timings.curves)
     return 3 if failed else 0
 
