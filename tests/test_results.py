@@ -5,35 +5,50 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import runpy
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from commplane.cli import bench
+from commplane.cli import bench, launch
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "results"
 README = (FOLDER / "README.md").read_text()
-COMMANDS = re.findall(r"^commplane (bench .*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:python tests/gpu/gpu_mps\.py \d+ )?commplane ((?:bench|run) .*)$", README, re.MULTILINE)
 
 
-def options(command: str) -> argparse.Namespace:
+def options(command: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """Of `commplane bench`, or of the script that `commplane run` starts, by its function `arguments`."""
     parser = argparse.ArgumentParser()
-    bench.add_commands(parser.add_subparsers())
-    return parser.parse_args(shlex.split(command))
+    commands = parser.add_subparsers()
+    bench.add_commands(commands)
+    launch.add_commands(commands)
+    made = parser.parse_args(shlex.split(command))
+    if "script" not in made:
+        bench.check(made)
+        return made
+    script = ROOT / made.script
+    monkeypatch.syspath_prepend(str(script.parent))  # what lies beside it
+    of_script: argparse.Namespace = runpy.run_path(str(script), run_name="script")["arguments"](made.arguments)
+    return of_script
 
 
 def written(command: str) -> list[str]:
-    made = options(command)
-    return [str(path) for path in (made.json, made.plot) if path is not None]
+    """The files that a command names."""
+    words = shlex.split(command)
+    return [word for option, word in pairwise(words) if option in ("--json", "--plot")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_is_one_that_bench_takes_and_writes_here(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="drawing wants the extra commplane[plot]")
+def test_each_command_is_one_that_is_taken_and_writes_here(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "--plot" in command:
+        pytest.importorskip("matplotlib", reason="wants matplotlib: pip install commplane[plot]")
     monkeypatch.chdir(ROOT)
-    bench.check(options(command))
+    made = options(command, monkeypatch)
+    assert [str(path) for path in (made.json, getattr(made, "plot", None)) if path is not None] == written(command)
     assert {Path(name).parent for name in written(command)} == {Path("docs/results")}
 
 
