@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -209,20 +210,19 @@ def test_a_real_creation_that_fails_half_way_leaves_nothing_after_free_partial(r
     boundary, exchange, other = Boundary(), Exchange(Alone(), "one"), Exchange(Alone(), "other")  # type: ignore[arg-type]
     kept = create(other)
     real.breaks = True
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
         create(exchange)
     assert len(boundary.references()) == 2
-    boundary.free_partial(exchange)
+    boundary.free_partial(exchange, caught.value)
+    del caught
     assert len(boundary.references()) == 1, "that of another communicator stays"
     assert len(real.allocated) == 3
     boundary.free(kept)
     assert real.allocated == []
 
 
-# Three buffers, each with the names of sockets exchanged, and a barrier: the rounds of FlashInfer's creation.
-@pytest.mark.parametrize("fails", [1, 2, 3, 4], ids=["first buffer", "second buffer", "third buffer", "barrier"])
-def test_where_the_other_rank_fails_this_one_keeps_nothing_of_a_real_creation_and_says_why(real: Any, fails: int) -> None:
-    boundary = Boundary()
+def build(boundary: Boundary, made_by: Callable[[Any], Any], fails: int) -> None:
+    """A build whose creation is `made_by`, in whose round `fails` the other rank says that it broke."""
     context: Any = SimpleNamespace(
         bootstrap=Alone(fails=2 + fails),  # after the look for captures and the preflight
         world_size=2,
@@ -233,16 +233,22 @@ def test_where_the_other_rank_fails_this_one_keeps_nothing_of_a_real_creation_an
         who="[tp rank 0/2 flashinfer]",
         device="cpu",
     )
-    asked = SimpleNamespace(
-        comm=SimpleNamespace(create_allreduce_fusion_workspace=lambda comm_backend, **rest: create(comm_backend)),
+    asked: Any = SimpleNamespace(
+        comm=SimpleNamespace(create_allreduce_fusion_workspace=lambda comm_backend, **rest: made_by(comm_backend)),
         capturing=lambda: False,
         spare=lambda device, sizes: None,
         free=boundary.free,
         free_partial=boundary.free_partial,
     )
-    workspaces = Workspaces(context, asked, (9, 0), 1 << 30)  # type: ignore[arg-type]
+    Workspaces(context, asked, (9, 0), 1 << 30).build(False, 8 * 4096)
+
+
+# Three buffers, each with the names of sockets exchanged, and a barrier: the rounds of FlashInfer's creation.
+@pytest.mark.parametrize("fails", [1, 2, 3, 4], ids=["first buffer", "second buffer", "third buffer", "barrier"])
+def test_where_the_other_rank_fails_this_one_keeps_nothing_of_a_real_creation_and_says_why(real: Any, fails: int) -> None:
+    boundary = Boundary()
     with pytest.raises(CommunicatorError) as caught:
-        workspaces.build(False, 8 * 4096)
+        build(boundary, create, fails)
     assert str(caught.value) == (
         f"[tp flashinfer] workspace of flashinfer for 32768 elements of 16 bits ({6 << 20} bytes a rank) failed and is undone on "
         f"all ranks: rank 1: it broke"
@@ -250,6 +256,17 @@ def test_where_the_other_rank_fails_this_one_keeps_nothing_of_a_real_creation_an
     assert real.made == min(fails, 3)
     # Also while the error is still there, as it is where a communicator keeps it.
     assert (real.allocated, boundary.references(), real.freed) == ([], {}, [64] if fails == 4 else [])
+
+
+def test_where_the_other_rank_fails_the_descriptor_that_was_for_it_is_closed(real: Any) -> None:
+    from flashinfer.comm.fd_exchange import exchange_fds
+
+    # What cuMemExportToShareableHandle gives is FlashInfer's own, and it leaves it open where its exchange raises.
+    mine = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(CommunicatorError, match="it broke"):
+        build(Boundary(), lambda exchange: exchange_fds(exchange, mine), 1)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(mine)
 
 
 def test_settle_says_why_a_device_does_not_come_to_rest(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:

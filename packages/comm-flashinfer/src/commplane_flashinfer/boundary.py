@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import threading
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,8 +105,16 @@ class Boundary:
 
             cudart.cudaFree(ctypes.c_void_p(control))
 
-    def free_partial(self, exchange: Exchange) -> None:
-        """Free what a creation through `exchange` that failed has left in FlashInfer's global: it returned nothing to destroy."""
+    def free_partial(self, exchange: Exchange, error: BaseException) -> None:
+        """Free what a creation through `exchange` has left that raised `error`: it returned nothing to destroy.
+
+        What goes with its frames is not all: there is FlashInfer's global, and the descriptor of the buffer that it was handing
+        to the peers, which nobody closes then. The driver does not free memory that a descriptor stands for.
+        """
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_name == "exchange_fds" and frame.f_globals.get("__name__") == "flashinfer.comm.fd_exchange":
+                with contextlib.suppress(OSError):  # closed after all
+                    os.close(frame.f_locals["local_fd"])
         refs = self.references()
         for key in [k for k, handles in refs.items() if any(getattr(h, "comm_backend", None) is exchange for h in handles)]:
             del refs[key]

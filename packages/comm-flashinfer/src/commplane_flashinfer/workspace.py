@@ -162,7 +162,7 @@ class Workspaces:
                 comm_backend=exchange,
             ), None
         except BaseException as error:
-            self._boundary.free_partial(exchange)
+            self._boundary.free_partial(exchange, error)
             if not isinstance(error, Exception):
                 raise
             # Whatever FlashInfer raises becomes a vote.
