@@ -106,9 +106,9 @@ def test_what_does_not_fit_is_said() -> None:
         Quantization("fp8_static")
     with pytest.raises(ValueError, match="fp8_token computes its scales"):
         Quantization("fp8_token", torch.ones(1))
-    with pytest.raises(ValueError, match="wants a hidden size that 128 divides, found 100"):
+    with pytest.raises(ValueError, match="wants a hidden size that 128 divides for fp8_group group=128, found 100"):
         quantize(torch.zeros(1, 100), Quantization("fp8_group"))
-    with pytest.raises(ValueError, match="wants a hidden size that 16 divides, found 24"):
+    with pytest.raises(ValueError, match="wants a hidden size that 16 divides for nvfp4, found 24"):
         quantize(torch.zeros(1, 24), Quantization("nvfp4", torch.ones(1)))
     with pytest.raises(ValueError, match="not a valid QuantFormat"):
         Quantization("fp3")

@@ -223,9 +223,41 @@ def test_a_method_may_stand_in_a_graph_and_gives_the_same(how) -> None:
             assert (
                 traced[1] is None and misquantized(traced[0], tp.all_reduce_rms_norm_quant(x, residual, weight, how)[0]) is None
             )
-            schema = torch.ops.commplane.all_reduce_rms_norm_quant.default
-            arguments = (x, residual, weight, how.scale, str(how.format), how.group, 1e-6, 0.0, True, tp.handle)
-            torch.library.opcheck(schema, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    run(rank_main, world_size=1)
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+@pytest.mark.timeout(170)
+def test_the_operator_passes_torchs_own_check_with_shapes_of_any_size(how) -> None:
+    def rank_main(plane: Plane) -> None:
+        with plane.communicator("tp") as tp:
+            operator = torch.ops.commplane.all_reduce_rms_norm_quant.default
+            for lead, keep_norm in (((6,), True), ((2, 3), False)):
+                given = inputs(tp.rank, 1, torch.bfloat16, *lead)
+                said = torch.library.opcheck(
+                    operator, (*given, how.scale, str(how.format), how.group, 1e-6, 0.0, keep_norm, tp.handle)
+                )
+                assert set(said.values()) == {"SUCCESS"} and "test_aot_dispatch_dynamic" in said
+
+    run(rank_main, world_size=1)
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+def test_rows_of_no_numbers_are_refused_by_the_call_by_its_fake_and_by_the_reference(how) -> None:
+    def rank_main(plane: Plane) -> None:
+        with plane.communicator("tp") as tp:
+            none, weight = torch.empty(3, 0), torch.empty(0)
+            arguments = (how.scale, str(how.format), how.group, 1e-6, 0.0, True, tp.handle)
+            for call in (
+                lambda: tp.all_reduce_rms_norm_quant(none, none, weight, how),
+                lambda: torch.ops.commplane.all_reduce_rms_norm_quant(none.to("meta"), none.to("meta"), weight, *arguments),
+            ):
+                with pytest.raises(errors.UnsupportedOperation, match="wants a hidden size of 1 or more for"):
+                    call()
+            assert tp.all_reduce(torch.ones(1)).item() == 1.0  # nothing was sent
+            with pytest.raises(ValueError, match="quantize wants a hidden size of 1 or more"):
+                quantize(none, how)
 
     run(rank_main, world_size=1)
 

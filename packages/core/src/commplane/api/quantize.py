@@ -55,6 +55,13 @@ class Quantization:
         """What has to be equal on all ranks, as text; the scale's value is not looked at, it lies on the device."""
         return f"{self.format} group={self.group}" if self.format is QuantFormat.FP8_GROUP else str(self.format)
 
+    def misfit(self, hidden: int) -> str | None:
+        """Why rows of `hidden` numbers cannot be quantised that way, or None."""
+        divides = self.group if self.format is QuantFormat.FP8_GROUP else _FP4_BLOCK if self.format is QuantFormat.NVFP4 else 1
+        if hidden % divides:
+            return f"wants a hidden size that {divides} divides for {self.label}, found {hidden}: pad it"
+        return None if hidden else f"wants a hidden size of 1 or more for {self.label}, found 0: leave the call out"
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -82,6 +89,9 @@ def quantize(norm: Tensor, how: Quantization) -> Quantized:
     Raises:
         ValueError: hidden does not fit the format.
     """
+    reason = how.misfit(norm.shape[-1])
+    if reason is not None:
+        raise ValueError(f"quantize {reason}")
     norm = norm.detach()
     return {
         QuantFormat.FP8_STATIC: _fp8_static,
@@ -113,8 +123,6 @@ def _fp8_group(norm: Tensor, how: Quantization) -> Quantized:
     import torch
 
     hidden, group = norm.shape[-1], how.group
-    if hidden % group:
-        raise ValueError(f"fp8_group wants a hidden size that {group} divides, found {hidden}")
     wide = norm.float().reshape(-1, hidden // group, group)
     tokens, groups = wide.shape[:2]
     fraction, exponent = torch.frexp((wide.abs().amax(-1) / FP8_MAX).clamp_min(_LEAST_GROUP_SCALE))
@@ -181,8 +189,6 @@ def _nvfp4(norm: Tensor, how: Quantization) -> Quantized:
 
     assert how.scale is not None
     hidden = norm.shape[-1]
-    if hidden % _FP4_BLOCK:
-        raise ValueError(f"nvfp4 wants a hidden size that {_FP4_BLOCK} divides, found {hidden}")
     wide = norm.float().reshape(-1, hidden // _FP4_BLOCK, _FP4_BLOCK)
     tokens, blocks = wide.shape[:2]
     given = how.scale.float()

@@ -301,9 +301,6 @@ class Plan:
         """One line for each backend, algorithm and range of sizes: what of `collective` runs there."""
         served: dict[tuple[str, int, int | None], tuple[set[str], set[str]]] = {}
         routes = [r for r in self._routes(capturing) if r.collective is collective]
-        measured = self.timings is not None and self.timings.dtypes(collective)
-        if collective is Collective.ALL_REDUCE_RMS_NORM_QUANT and not measured and all(r.part is not None for r in routes):
-            return []  # in every format what the norm is, and torch
         for r in routes:
             ops, dtypes = served.setdefault((r.label if r.part is None else r.how, r.low, r.high), (set(), set()))
             ops.add(str(r.op))
