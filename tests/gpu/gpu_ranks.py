@@ -209,6 +209,7 @@ class World:
         self.size, self.usable = size, True
         self._folder = tempfile.TemporaryDirectory(prefix="commplane-gpu-")
         settings = {"timeout": TIMEOUT_S, "startup_timeout": STARTUP_S, "flight_dir": self._folder.name, **config}
+        settings.setdefault("tuning", "off")  # a backend is tested at every size, also where another is faster
         env = {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1", **more_env, **(mps or {})}
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes: list[Any] = []

@@ -1,4 +1,4 @@
-"""The bench by hand: what is held against what, and that FlashInfer serves each of its sizes through commplane too."""
+"""The bench by hand: what is held against what, and that every size goes through commplane; FlashInfer in `commplane bench`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from flashinfer_double import Machine, ranks_on
 
+from commplane.api import Collective
+from commplane.bench.cases import form, make_cases
+from commplane.bench.measure import steps
 from commplane.runtime import Plane
 
 pytestmark = pytest.mark.timeout(60)
@@ -84,3 +87,21 @@ def test_flashinfer_has_every_size_of_the_bench_through_commplane_and_as_a_pair(
         for nbytes, (whole, pairs) in found.items():
             assert {"flashinfer", "policy", "policy:flashinfer+torch"} <= whole, nbytes
             assert {"flashinfer", "torch"} <= pairs, nbytes
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_each_algorithm_is_a_candidate_of_commplane_bench_by_its_name(algorithm: str) -> None:
+    machine, asked = Machine(), f"flashinfer:{algorithm}"
+
+    def rank(plane: Plane) -> list[str]:
+        todo = steps(plane, collectives=[Collective.ALL_REDUCE], op="sum", dtypes=["bfloat16"], sizes=[1 << 16], hidden=4096)
+        formed = form(plane, [asked], "bench")
+        cases = make_cases(plane, formed, todo[0])
+        for case in cases:
+            case.call()
+        for comm in formed.values():
+            comm.close()
+        return [case.backend for case in cases]
+
+    assert ranks_on(machine, 2, rank) == [["torch", asked]] * 2
+    assert [machine.comm(r).calls[-1]["use_oneshot"] for r in range(2)] == [algorithm == "one_shot"] * 2
