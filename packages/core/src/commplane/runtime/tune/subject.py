@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from commplane.api import Collective, QuantFormat, Quantization, Variant, quantize
+from commplane.api import Collective, QuantFormat, Quantization, Variant
 from commplane.errors import UnsupportedOperation
 
 if TYPE_CHECKING:
@@ -108,14 +108,9 @@ def subject_of(
 
 
 def _check_hidden(what: str, hidden: int, variant: Variant | None) -> None:
-    import torch
-
     if hidden < 1:
         raise UnsupportedOperation(f"{what} wants a hidden size of 1 or more, found {hidden}")
     how = quantization(variant, "cpu")
-    if how is None:
-        return
-    try:
-        quantize(torch.zeros(1, hidden), how)  # the format itself says what it cannot divide
-    except ValueError as error:
-        raise UnsupportedOperation(f"{what}: {error}") from error
+    misfit = None if how is None else how.misfit(hidden)
+    if misfit is not None:
+        raise UnsupportedOperation(f"{what} {misfit}")
