@@ -90,7 +90,8 @@ def _table(comm: Communicator) -> str:
     assert comm.plan.timings is not None
     lines: list[str] = []
     for c in comm.plan.timings.curves:
-        what = f"{c.collective} {c.variant or ''} {c.dtype}{' graph' if c.graph else ''}".replace("  ", " ")
+        parts = [c.collective, c.variant, c.dtype, "graph" if c.graph else None, f"hidden {c.hidden}" if c.hidden else None]
+        what = " ".join(part for part in parts if part)
         lines.extend(f"{what:<40} {n:>10} bytes {us:>10.1f} us  {c.candidate}" for n, us in c.points)
         if c.failed:
             lines.append(f"{what:<40} {c.candidate} failed: {c.failed}")

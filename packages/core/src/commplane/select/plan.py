@@ -234,7 +234,8 @@ class Plan:
             if not c.ready:
                 reason = f"{c.state}: {c.reason}"
             elif route is not None:
-                reason = self._why_not(specs[c.name], kind, reduction, name, nbytes, graph) or f"{route.how} comes before it"
+                before = f"{route.how} comes before it{', which was not measured' if curves else ''}"
+                reason = self._why_not(specs[c.name], kind, reduction, name, nbytes, graph) or before
             else:
                 reason = self._why_not_at_all(specs[c.name], kind, reduction, name, nbytes, graph)
             others.append((c.name, reason))
