@@ -23,11 +23,9 @@ PLACES = [("default", "side"), ("side", "default"), ("side", "other")]
 
 
 def streams(rank: Rank) -> dict[str, torch.cuda.Stream]:
-    return {
-        "default": torch.cuda.default_stream(rank.device),
-        "side": torch.cuda.Stream(rank.device),
-        "other": torch.cuda.Stream(rank.device),
-    }
+    """The default one and three others. Made together they differ; torch gives one of 32 in turn, so one made later may be any."""
+    others = ("side", "other", "capture")
+    return {"default": torch.cuda.default_stream(rank.device), **{name: torch.cuda.Stream(rank.device) for name in others}}
 
 
 def event() -> torch.cuda.Event:
@@ -102,7 +100,7 @@ def test_a_call_on_another_stream_waits_for_the_one_before_it(world: World, firs
 def alternating(rank: Rank) -> None:
     """60 calls on the default stream and two others in turn, with no wait between them but that for the inputs."""
     tp, n, device = ready(rank, DTYPE), rank.world_size, rank.device
-    places = list(streams(rank).values())
+    places = list(streams(rank).values())[:3]
     torch.cuda.synchronize()
     results = []
     for step in range(60):
@@ -164,7 +162,7 @@ def beside_a_capture(rank: Rank, first: str, second: str, threaded: bool) -> Non
     with (
         by_flashinfer(ALL_REDUCE, NORM),
         rank.plane.capture(),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, stream=places["capture"], capture_error_mode="thread_local"),
     ):
         tp.all_reduce_(x)
         if threaded:
@@ -197,10 +195,11 @@ def test_eager_calls_while_a_graph_is_captured_run_in_order_and_stay_out_of_it(
 def forked(rank: Rank) -> None:
     """A capture that forks to a second stream and joins: the calls of both are one chain in the graph."""
     tp, n = ready(rank, DTYPE), rank.world_size
-    side = torch.cuda.Stream(rank.device)
+    places = streams(rank)
+    side = places["side"]
     x, y, graph = ones(rank), ones(rank), torch.cuda.CUDAGraph()
     idle(rank)
-    with by_flashinfer(ALL_REDUCE), rank.plane.capture(), torch.cuda.graph(graph):
+    with by_flashinfer(ALL_REDUCE), rank.plane.capture(), torch.cuda.graph(graph, stream=places["capture"]):
         side.wait_stream(torch.cuda.current_stream(rank.device))
         for _ in range(4):
             tp.all_reduce_(x)
