@@ -23,7 +23,7 @@ PLACES = [("default", "side"), ("side", "default"), ("side", "other")]
 
 
 def streams(rank: Rank) -> dict[str, torch.cuda.Stream]:
-    """The default one and three others. Made together they differ; torch gives one of 32 in turn, so one made later may be any."""
+    """The default one and three others. Made together they differ; torch gives one of 32 in turn, so a later one may be any."""
     others = ("side", "other", "capture")
     return {"default": torch.cuda.default_stream(rank.device), **{name: torch.cuda.Stream(rank.device) for name in others}}
 
