@@ -19,7 +19,7 @@ OPENED = {"max_bytes": 1 << 20, "float32_max_bytes": 1 << 20, "open_bytes": 4096
     [
         pytest.param(2, FLOOR, id="2"),
         pytest.param(4, OPENED, id="4, opened smaller"),
-        pytest.param(8, FLOOR, id="8"),
+        pytest.param(8, FLOOR, id="8", marks=pytest.mark.long),
         pytest.param(8, OPENED, id="8, opened smaller", marks=pytest.mark.long),
         pytest.param(16, FLOOR, id="16", marks=pytest.mark.long),
         pytest.param(16, OPENED, id="16, opened smaller", marks=pytest.mark.long),
