@@ -74,6 +74,18 @@ def test_a_sum_takes_tensors_that_are_strided_misaligned_or_want_a_gradient(in_p
         assert all(torch.equal(found, wanted) for found in world.run(body))
 
 
+def test_a_short_sum_in_place_goes_through_no_copy() -> None:
+    world = World(2)
+
+    def body(rank: Rank, r: int) -> bool:
+        mine = torch.ones(1000)
+        rank.bind(SUM, torch.float32, in_place=True)(mine)
+        call = rank.comm.calls[0]
+        return call["input"].data_ptr() == call["output"].data_ptr() == mine.data_ptr()
+
+    assert world.run(body) == [True, True]
+
+
 @pytest.mark.parametrize("collective", [SUM, NORM, QUANT], ids=str)
 def test_a_call_with_no_elements_launches_nothing(collective: Collective) -> None:
     world = World(2)

@@ -122,16 +122,21 @@ def test_no_group_lies_across_two_blocks_of_a_row_that_passes(group: int) -> Non
 
 
 @pytest.mark.parametrize("world_size", checks.WORLD_SIZES)
-def test_a_sum_is_cut_into_rows_that_have_a_launch(world_size: int) -> None:
-    for count in [1, 7, 255, 256, 257, 4096, 4097, 12345, 1 << 20, (1 << 20) + 256]:
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_sum_is_cut_into_rows_that_have_a_launch(world_size: int, itemsize: int) -> None:
+    for count in [*range(1, 8300, 7), 255, 256, 257, 4096, 4097, 8184, 8192, 12345, 1 << 20, (1 << 20) + 256]:
         for one_shot in (True, False):
-            tokens, hidden, as_one = patterns.plan_shape(count, world_size, one_shot)
+            tokens, hidden, as_one = patterns.plan_shape(count, itemsize, world_size, one_shot)
             assert 0 <= tokens * hidden - count < 256
-            assert checks.launchable(hidden, 2) is None and checks.launchable(hidden, 4) is None
-            assert (
-                as_one or checks.two_shot(tokens, hidden, 2, world_size) is checks.two_shot(tokens, hidden, 4, world_size) is None
-            )
+            assert checks.launchable(hidden, itemsize) is None
+            assert as_one or checks.two_shot(tokens, hidden, itemsize, world_size) is None
             assert as_one or not one_shot
+
+
+def test_a_short_sum_of_whole_vectors_is_not_padded() -> None:
+    for count, itemsize in ((1000, 4), (8, 2), (4, 4), (8184, 2), (4092, 4)):
+        assert patterns.plan_shape(count, itemsize, 2, True) == (1, count, True)
+    assert patterns.plan_shape(8200, 2, 2, True) == (33, 256, True)
 
 
 @pytest.mark.parametrize("world_size", checks.WORLD_SIZES)

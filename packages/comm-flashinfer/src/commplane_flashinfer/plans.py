@@ -75,7 +75,7 @@ class Planner:
         count = shape.numel()
         if not count:
             return Plan(0, 0, True)
-        tokens, hidden, one_shot = plan_shape(count, self.world_size, count * self.itemsize <= self.limit)
+        tokens, hidden, one_shot = plan_shape(count, self.itemsize, self.world_size, count * self.itemsize <= self.limit)
         self._check_room(tokens, hidden)
         return Plan(tokens, hidden, one_shot, shape != (tokens, hidden), padded=tokens * hidden != count)
 
