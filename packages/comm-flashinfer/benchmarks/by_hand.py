@@ -196,8 +196,9 @@ class Bench:
         calls = agree_on_calls(self.plane, runners)
         times: list[list[float]] = [[] for _ in runners]
         for number in range(self.options.rounds + 1):
-            for i, runner in enumerate(runners):
-                turn = take_turn(runner, calls[i])
+            for j in range(len(runners)):
+                i = (number + j) % len(runners)  # so that none always follows the same one
+                turn = take_turn(runners[i], calls[i])
                 if number:
                     times[i].append(statistics.median(turn))
         everyone = self.plane.gather([statistics.median(t) for t in times], what="by hand: times")
