@@ -134,9 +134,10 @@ def test_a_sum_is_cut_into_rows_that_have_a_launch(world_size: int, itemsize: in
 
 
 def test_a_short_sum_of_whole_vectors_is_not_padded() -> None:
-    for count, itemsize in ((1000, 4), (8, 2), (4, 4), (8184, 2), (4092, 4)):
+    for count, itemsize in ((1000, 4), (264, 2), (260, 4), (8184, 2), (4092, 4)):
         assert patterns.plan_shape(count, itemsize, 2, True) == (1, count, True)
     assert patterns.plan_shape(8200, 2, 2, True) == (33, 256, True)
+    assert patterns.plan_shape(8, 2, 2, True) == (1, 256, True)
 
 
 @pytest.mark.parametrize("world_size", checks.WORLD_SIZES)

@@ -75,7 +75,8 @@ def plan_shape(count: int, itemsize: int, world_size: int, one_shot: bool) -> tu
     one-shot.
     """
     smallest, nbytes = _HIDDEN_SIZES[-1], count * itemsize
-    if one_shot and count % smallest and nbytes % _VECTOR_BYTES == 0 and nbytes <= _ONE_ROW_BYTES:
+    # Not below the smallest row: the threads of a launch also clear what a message before it has used, which may be a large one.
+    if one_shot and smallest < count and nbytes % _VECTOR_BYTES == 0 and nbytes <= _ONE_ROW_BYTES and count % smallest:
         return 1, count, True
     whole = -(-count // smallest) * smallest
     fitting = [h for h in _HIDDEN_SIZES if whole % h == 0]
