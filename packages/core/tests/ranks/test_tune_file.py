@@ -139,7 +139,7 @@ def two_h200(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(follow, "device_name", lambda _device, _machine: "NVIDIA H200")
     spec = {"name": "custom_ar", "device": "any", "factory": "fused:Both", "capabilities": {"all_reduce", "all_reduce_rms_norm"}}
 
-    def go(**config: Any) -> list[str]:
+    def go(**config: Any) -> list[Any]:
         with without_canary():
             return run_threads(
                 2, explained, plugins=lambda _rank: fused.host(**spec), config=lambda _rank: {"timeout": 20, **config}
@@ -156,9 +156,13 @@ def test_two_h200_follow_what_is_shipped_and_explain_shows_the_fused_call_the_pa
     assert "  not composed of all_reduce by custom_ar and torch: 71.3 us at 16777216 bytes, custom_ar takes 53.6" in lines
 
 
-def test_where_the_setting_is_off_nothing_is_followed(two_h200: Any) -> None:
-    for value in ("off", ""):
-        assert all("us" not in line.split() for line in two_h200(tuning=value)[0].splitlines())
+@pytest.mark.parametrize("config", [{"tuning": "off"}, {"tuning": ""}, {"backends": ["custom_ar"]}])
+def test_nothing_shipped_is_followed_where_the_setting_is_off_or_an_order_of_backends_is_given(
+    two_h200: Any, config: dict[str, Any]
+) -> None:
+    first, second = two_h200(**config)
+    assert first == second and "custom_ar" in first.splitlines()[0]
+    assert " us" not in first
 
 
 def test_files_that_differ_stop_every_rank(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def follow(
         device: of this rank for this group.
         options: the resolved settings of backends.
         bootstrap: control plane of the group.
-        auto: whether to follow what is shipped, which is for GPUs alone, where no file is named.
+        auto: whether to follow what is shipped, which is for GPUs alone, where no file is named; equal on all ranks.
     """
     if tuning is not None:
         possible: tuple[Tuning, ...] = (tuning,)

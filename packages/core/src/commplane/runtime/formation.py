@@ -149,7 +149,7 @@ class Formation:
                     offers.extend(result.offers)
             refused = tuple(sorted(draft.refused, key=lambda c: c.name))
             plan = Plan.of(self._key, (*outcomes, *refused), served, self._config.numerics, offers)
-            auto = self._config.tuning == "auto"
+            auto = self._config.tuning == "auto" and not self._request["backends"]  # an order that was given is kept
             plan = follow(plan, self._tuning, self._facts, self._device, self._config.options, self._bootstrap, auto=auto)
             self._warn_of_refusals(plan)
             digests = self._bootstrap.gather(plan.digest, what="commit").groups
