@@ -217,7 +217,7 @@ def run(plane: Plane, stack: ExitStack, options: argparse.Namespace) -> str:
     todo: list[tuple[str, str | None, int]] = [(FUSED, None, nbytes) for nbytes in options.sizes]
     todo += [(QUANT, kind, nbytes) for kind in options.formats for nbytes in options.quant_sizes]
     rows: list[Row] = []
-    for collective, kind, nbytes in todo:
+    for collective, kind, nbytes in sorted(todo, key=lambda one: one[2]):  # what is cut short has all of the smaller sizes
         candidates = bench.norms(nbytes) if kind is None else bench.quantised(nbytes, kind)
         rows += bench.measure(candidates, collective, kind, nbytes)
         if plane.rank == 0 and options.json:
