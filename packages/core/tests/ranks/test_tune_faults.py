@@ -71,7 +71,7 @@ def strikes(store: Any, rank: int, world_size: int, call: int, how: str) -> list
             "raises",
             "tune, a turn of fused: failed on some ranks only, which are now out of step: rank 1: RuntimeError: injected",
         ),
-        (0, "stalls", "tune, a call of fused did not finish in 4 s"),
+        pytest.param(0, "stalls", "tune, a call of fused did not finish in 4 s", marks=pytest.mark.long),
     ],
 )
 def test_a_rank_that_does_not_come_to_a_call_ends_the_tuning_of_all_long_before_the_call_would(
