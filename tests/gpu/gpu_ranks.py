@@ -113,9 +113,12 @@ class Rank:
         """Whose communicators `form` makes: the first of the world's plugins."""
         return self.job.plugins[0]
 
-    def form(self, name: str, ranks: list[int] | None = None, **options: Any) -> Communicator:
-        """A new communicator of `backend`; `options` are its own settings. Collective over `ranks`."""
-        with without_canary():
+    def form(self, name: str, ranks: list[int] | None = None, *, canary: bool = False, **options: Any) -> Communicator:
+        """A new communicator of `backend`; `options` are its own settings. Collective over `ranks`.
+
+        With `canary`, what does not work is left out: NCCL, where ranks share a GPU.
+        """
+        with contextlib.nullcontext() if canary else without_canary():
             comm = self.plane.communicator(
                 name, ranks, device=str(self.device), backends=[self.backend], options={self.backend: options}
             )
@@ -371,10 +374,17 @@ class Worlds:
         yield known
 
     def env(self, size: int) -> dict[str, str]:
-        """Variables for processes that a test starts itself: with MPS where `size` ranks share a GPU."""
+        """Variables for processes that a test starts itself: they import from this folder, and `size` ranks may share a GPU."""
         if size > GPUS and self._mps is None:
             self._mps = Mps()
-        return {"XDG_CACHE_HOME": self._cache.name, **(self._mps.env(size) if size > GPUS and self._mps else {})}
+        path = os.pathsep.join([str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(
+            os.pathsep
+        )
+        return {
+            "PYTHONPATH": path,
+            "XDG_CACHE_HOME": self._cache.name,
+            **(self._mps.env(size) if size > GPUS and self._mps else {}),
+        }
 
     def close_worlds(self) -> None:
         worlds: list[World] = [*self._worlds.values(), *self._short.values()]

@@ -21,7 +21,7 @@ SIZES = [8 << 10, 64 << 10]
 
 def tuned(rank: Rank) -> tuple[str, list[Any]]:
     """What was measured of custom_ar, and the plan's digest; calls after it are right, in the last place for a norm."""
-    with rank.form("tune") as comm:
+    with rank.form("tune", canary=True) as comm:
         for graph in (True, False):
             for collective in ("all_reduce", "all_reduce_rms_norm"):
                 comm.tune(collective, dtype=torch.bfloat16, sizes=SIZES, hidden=HIDDEN, graph=graph)
@@ -58,7 +58,7 @@ def struck(rank: Rank) -> str:
         return call(self, table, timed=timed)
 
     Data.call = strike  # type: ignore[method-assign]
-    comm = rank.form("struck")
+    comm = rank.form("struck", canary=True)
     try:
         comm.tune("all_reduce", dtype=torch.bfloat16, sizes=SIZES)
     except errors.CommunicatorError as error:
