@@ -374,17 +374,10 @@ class Worlds:
         yield known
 
     def env(self, size: int) -> dict[str, str]:
-        """Variables for processes that a test starts itself: they import from this folder, and `size` ranks may share a GPU."""
+        """Variables for processes that a test starts itself: with MPS where `size` ranks share a GPU."""
         if size > GPUS and self._mps is None:
             self._mps = Mps()
-        path = os.pathsep.join([str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(
-            os.pathsep
-        )
-        return {
-            "PYTHONPATH": path,
-            "XDG_CACHE_HOME": self._cache.name,
-            **(self._mps.env(size) if size > GPUS and self._mps else {}),
-        }
+        return {"XDG_CACHE_HOME": self._cache.name, **(self._mps.env(size) if size > GPUS and self._mps else {})}
 
     def close_worlds(self) -> None:
         worlds: list[World] = [*self._worlds.values(), *self._short.values()]

@@ -76,14 +76,14 @@ class Steps:
         """The same of an `act` that communicates.
 
         Raises:
-            CommunicatorError: it failed on some ranks only, or a rank was left waiting, so that they may not be at the same point.
+            CommunicatorError: it failed on some ranks only, or ranks were left waiting, and may not be at the same point.
         """
         done, said = self._vote(what, act)
         raised = {rank: text for rank, (kind, text) in said.items() if kind == "raised"}
         left = [rank for rank, (kind, _) in said.items() if kind == "left"]
         if left or 0 < len(raised) < len(said):
             cause = _by_text(raised) or _by_text({rank: said[rank][1] for rank in left})
-            where = "on some ranks only, which are now out of step" if len(raised) + len(left) < len(said) else "on every rank"
+            where = "on some ranks only, which are now out of step" if raised or len(left) < len(said) else "on every rank"
             problem = CommunicatorError(
                 f"{self._who} tune, {what}: failed {where}: {cause}: close the communicator"
                 f"{', and end the process if the device does not come to rest' if self._device.startswith('cuda') else ''}"
