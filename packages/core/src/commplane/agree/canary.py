@@ -11,6 +11,7 @@ that each change the result: only how the reciprocal root is approximated is lef
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,7 +65,12 @@ def verify_overrides(spec: BackendSpec, backend: CommBackend) -> None:
 
 
 def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> None:
-    """Run every collective the spec declares, in each dtype and op it claims. Collective; raises `CanaryError`."""
+    """Run every collective the spec declares, in each dtype and op it claims. Collective; raises `CanaryError`.
+
+    A rank that finds something wrong goes on to the end with the others: kernels that wait for it on the device may have no
+    deadline.
+    """
+    found: list[CanaryError] = []
     for collective in spec.collectives():
         if collective is Collective.BARRIER:
             backend.barrier()
@@ -75,7 +81,8 @@ def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> Non
                 hows = [None] if collective is Collective.ALL_REDUCE_RMS_NORM else _quantizations(spec, context.device)
                 for how in hows if dtype.is_floating_point else ():
                     for salt in (0, 1):
-                        _check_norm(backend, context, dtype, salt, how)
+                        with _noted(found):
+                            _check_norm(backend, context, dtype, salt, how)
                 continue
             ops: list[ReduceOp | None] = [None]
             if collective.reduces:
@@ -83,8 +90,20 @@ def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> Non
             for op in ops:
                 for salt in (0, 1):
                     for what, got, wanted in _run(backend, context, collective, op, dtype, salt):
-                        _compare(f"{what} of {name}", got, wanted, op, context)
+                        with _noted(found):
+                            _compare(f"{what} of {name}", got, wanted, op, context)
     settle(context.device)  # nothing of it runs on beside the first call of the user, whose stream is another
+    if found:
+        raise found[0]
+
+
+@contextmanager
+def _noted(found: list[CanaryError]) -> Iterator[None]:
+    """Keep what is wrong for later."""
+    try:
+        yield
+    except CanaryError as error:
+        found.append(error)
 
 
 def _values(context: BuildContext, dtype: torch.dtype, salt: int, count: int | None = None) -> Tensor:
@@ -166,10 +185,10 @@ def _check_norm(
     else:
         what = f"all_reduce_rms_norm_quant to {how.format} with {what}"
         quantized, kept, total = backend.all_reduce_rms_norm_quant(*inputs, eps, weight_bias, how, True)
+        alone, none, _ = backend.all_reduce_rms_norm_quant(*inputs, eps, weight_bias, how, False)
         if kept is None:
             raise CanaryError(f"{what} gave no norm, which was asked for")
         got = kept
-        alone, none, _ = backend.all_reduce_rms_norm_quant(*inputs, eps, weight_bias, how, False)
         settle(context.device)
         wanted = quantize(got, how)
         wrong = (

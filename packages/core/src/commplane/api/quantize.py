@@ -23,6 +23,7 @@ _LEAST_TOKEN_SCALE = 2.0**-9 / FP8_MAX
 _LEAST_GROUP_SCALE = 1e-10
 _FP4_MAX = 6.0
 _FP4_BLOCK = 16
+_FP4_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # halfway between 0, .5, 1, 1.5, 2, 3, 4 and 6
 
 
 @dataclass(frozen=True)
@@ -206,10 +207,9 @@ def _to_fp4(values: Tensor) -> Tensor:
     """E2M1 codes, to nearest, ties to the even code; too large becomes 6."""
     import torch
 
-    # Halfway points between 0, .5, 1, 1.5, 2, 3, 4, 6. On a tie the even code is the upper one after an odd code.
-    middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=values.device)
-    size = values.abs()
-    code = torch.bucketize(size, middles)  # a value on a middle gets the lower code
-    tie = (size[..., None] == middles).any(-1)
-    code = torch.where(tie & (code % 2 == 1), code + 1, code)
-    return (code + 8 * torch.signbit(values)).to(torch.uint8)
+    # Numbers and not a tensor of them, which could not be made inside of a capture.
+    size, code = values.abs(), torch.zeros_like(values, dtype=torch.uint8)
+    for lower, middle in enumerate(_FP4_MIDDLES):
+        # On a tie the even code is the upper one after an odd code. A NaN is below nothing and gets the last code.
+        code += ~(size < middle if lower % 2 else size <= middle)
+    return code | torch.signbit(values).to(torch.uint8) << 3
