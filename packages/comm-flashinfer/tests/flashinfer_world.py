@@ -41,7 +41,7 @@ class Built:
 
     raw: Any
     max_elements: int
-    order: StreamOrder = field(default_factory=lambda: StreamOrder(CudaStreams(torch.device("cpu"))))
+    in_graphs: bool = False
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Rank:
     comm: Any
     held: dict[bool, Built]
     capability: tuple[int, int]
+    order: StreamOrder = field(default_factory=lambda: StreamOrder(CudaStreams(torch.device("cpu"))))
 
     def get(self, dtype: torch.dtype) -> Built | None:
         """The workspace of a dtype."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from flashinfer_world import SUM, Rank, World
 
+from commplane_flashinfer import calls
 from commplane_flashinfer.order import CudaStreams, StreamOrder
 
 pytestmark = pytest.mark.timeout(30)
@@ -29,11 +32,13 @@ class Streams:
         self.edges.append((stream, earlier))
 
 
-def follow(order: StreamOrder, *streams: int) -> None:
-    """A call on each of `streams`, one after the other."""
+def follow(order: StreamOrder, *streams: int) -> bool:
+    """A call on each of `streams`, one after the other; whether one of them came while a capture was open."""
+    in_capture = False
     for stream in streams:
         if stream != order.fast:
-            order.follow(stream)
+            in_capture |= order.follow(stream)
+    return in_capture
 
 
 def test_a_call_on_another_stream_waits_for_the_last_one() -> None:
@@ -106,20 +111,18 @@ def test_only_a_call_while_a_capture_is_open_puts_a_workspace_into_graphs() -> N
     follow(order, 1)
     order.capture(True)
     order.capture(False)
-    follow(order, 1)
-    assert not order.in_graphs
+    assert not follow(order, 1)
     order.capture(True)
-    follow(order, 1)
+    assert follow(order, 1)
     order.capture(False)
-    assert order.in_graphs
+    assert not follow(order, 1)
 
 
 def test_a_capture_that_the_plane_knows_nothing_of_puts_a_workspace_into_graphs_too() -> None:
     streams = Streams()
     order = StreamOrder(streams)
     streams.in_capture = {4}
-    follow(order, 4)
-    assert order.in_graphs
+    assert follow(order, 4)
 
 
 class Cuda:
@@ -162,6 +165,32 @@ def test_the_default_stream_is_torchs_own_and_never_asked_whether_it_captures(mo
     follow(order, 0)
     assert cuda.log == [("asked", "7"), ("the default stream of cuda:3", "7")]
     cuda.log.clear()
-    follow(order, 9)
+    assert follow(order, 9)
     assert cuda.log == [("asked", "9")]
-    assert order.in_graphs
+
+
+def test_calls_of_two_dtypes_on_two_streams_are_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a workspace of its own; on the GPU both would wait for their peers at once."""
+    world = World(2)
+    streams = [Streams() for _ in world.ranks]
+    stream = threading.local()
+    monkeypatch.setattr(calls._Target, "enter", at(stream))
+
+    def body(rank: Rank, r: int) -> list[tuple[int, int]]:
+        rank.order = StreamOrder(streams[r])
+        for stream.now, dtype in ((101, torch.bfloat16), (102, torch.float32), (102, torch.bfloat16), (101, torch.bfloat16)):
+            rank.bind(SUM, dtype)(torch.ones(2048, dtype=dtype))
+        return streams[r].edges
+
+    assert world.run(body) == [[(102, 101), (101, 102)]] * 2
+
+
+def at(stream: Any) -> Any:
+    """`enter` of calls on the stream ``stream.now``, which a CPU has not."""
+    enter = calls._Target.enter
+
+    def enter_at(self: Any) -> None:
+        self.stream = lambda index: stream.now
+        enter(self)
+
+    return enter_at

@@ -180,7 +180,7 @@ def test_an_interrupt_in_a_creation_leaves_nothing_in_the_global() -> None:
     machine = Machine()
     machine.breaks_late, machine.breaks_with = {0}, KeyboardInterrupt
     comm, exchange = machine.comm(0), Exchange(Alone(1), "workspace")  # type: ignore[arg-type]
-    context: Any = SimpleNamespace(world_size=1, rank=0)
+    context: Any = SimpleNamespace(world_size=1, rank=0, device="cpu")
     workspaces = Workspaces(context, DoubleBoundary(machine, 0), (9, 0), 1 << 30)
     with pytest.raises(KeyboardInterrupt):
         workspaces._create(exchange, False, 4096)

@@ -40,9 +40,8 @@ class Built(Protocol):
     def max_elements(self) -> int:
         """Tokens x hidden that fit."""
 
-    @property
-    def order(self) -> StreamOrder:
-        """The order of streams that the calls on it keep to."""
+    in_graphs: bool
+    """Whether a graph may replay on it: set by calls."""
 
 
 class Workspaces(Protocol):
@@ -55,6 +54,10 @@ class Workspaces(Protocol):
     @property
     def capability(self) -> tuple[int, int]:
         """Compute capability of the GPUs, one for all ranks."""
+
+    @property
+    def order(self) -> StreamOrder:
+        """The order of streams that all calls keep to."""
 
     def get(self, dtype: torch.dtype) -> Built | None:
         """The workspace that serves a dtype."""
@@ -72,7 +75,7 @@ class _Target:
         whole = built.max_elements * dtype.itemsize
         limit = one_shot_limit(options.get("algorithm", "auto"), whole, context.world_size, held.capability[0])
         self.planner = Planner(self.who, context.world_size, dtype.itemsize, built.max_elements, limit)
-        self.order = built.order
+        self.order, self.built = held.order, built
         # As tensors say it, and torch's shortcut to the current stream where it has one: 0.1 us, not 1.
         self.index = self.device.index if on_gpu else -1
         self.stream = _current_stream() if on_gpu else (lambda index: 0)
@@ -87,8 +90,8 @@ class _Target:
     def enter(self) -> None:
         """Order the current stream behind the last call's."""
         stream = self.stream(self.index)
-        if stream != self.order.fast:
-            self.order.follow(stream)
+        if stream != self.order.fast and self.order.follow(stream):
+            self.built.in_graphs = True
 
     def dense(self, tensor: Tensor, name: str = "tensor") -> Tensor:
         """It, where the kernels can read its memory in steps of 16 bytes, or a copy."""

@@ -1,4 +1,7 @@
-"""One workspace, one order of streams: two kernels on it at the same time corrupt its counters, and FlashInfer lets them.
+"""One communicator, one order of streams, which FlashInfer leaves to its callers.
+
+Two kernels on one workspace at the same time corrupt its counters, and two that wait on the GPU for their peers may hold the room
+that the peers of the other one want.
 
 A call on another stream than the last is ordered behind it with an event. In a capture the event becomes an edge of the graph,
 where both streams are in it. What no call sees, the replays of a graph, the caller has to order: replays and eager calls that
@@ -59,17 +62,15 @@ class CudaStreams:
 
 
 class StreamOrder:
-    """The last streams of one workspace. Local.
+    """The last streams that a communicator was called on, with whatever dtype. Local.
 
     Attributes:
         fast: the stream on which a call needs nothing: that of the last eager call. -1 for none, and while a capture may be open,
             so that every call in one comes to `follow`.
-        in_graphs: whether a call came while a capture was open: a graph may replay on the workspace from now on.
     """
 
     def __init__(self, streams: Streams) -> None:
         self.fast = _NONE
-        self.in_graphs = False
         self._streams = streams
         self._eager = self._captured = _NONE
         self._open = False
@@ -79,18 +80,22 @@ class StreamOrder:
         self._open = is_open
         self.fast = self._captured = _NONE
 
-    def follow(self, stream: int) -> None:
-        """Order `stream` behind the last one; for every call whose stream is not `fast`. Queues at most an event."""
+    def follow(self, stream: int) -> bool:
+        """Order `stream` behind the last one; for every call whose stream is not `fast`. Queues at most an event.
+
+        Returns:
+            Whether a capture is open, so that a graph may replay the call.
+        """
         streams = self._streams
         captured = streams.capturing(stream)
-        self.in_graphs |= captured or self._open
         if not captured:
             # To wait for one that captures would draw this stream into the capture, and what it captured does not run now.
             if self._eager not in (_NONE, stream) and not streams.capturing(self._eager):
                 streams.after(stream, self._eager)
             self._eager, self.fast = stream, _NONE if self._open else stream
-            return
+            return self._open
         # What ran eagerly is no part of the capture: whoever captures has synchronised, and orders the replays.
         if self._captured not in (_NONE, stream) and streams.capturing(self._captured):
             streams.after(stream, self._captured)
         self._captured, self.fast = stream, _NONE
+        return True

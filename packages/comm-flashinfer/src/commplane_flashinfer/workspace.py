@@ -30,19 +30,19 @@ def itemsize(single: bool) -> int:
 
 @dataclass(eq=False)
 class Held:
-    """One workspace. All kernels on it have to be in one stream order, and in the same order on every rank.
+    """One workspace. Its kernels have to run in one order, the same on every rank.
 
     Attributes:
         raw: FlashInfer's `AllReduceFusionWorkspace`.
         max_elements: elements of the largest message it holds, tokens times hidden size.
         nbytes: device memory it takes on this rank.
-        order: the order of streams that its calls keep to, which knows whether graphs may replay on it.
+        in_graphs: whether a call came while a capture was open: a graph may replay on it from now on.
     """
 
     raw: Any
     max_elements: int
     nbytes: int
-    order: StreamOrder
+    in_graphs: bool = False
 
 
 class Workspaces:
@@ -59,11 +59,13 @@ class Workspaces:
     Attributes:
         comm: the module ``flashinfer.comm``.
         capability: as given.
+        order: the order of streams that all calls keep to.
     """
 
     def __init__(self, context: BuildContext, boundary: Boundary, capability: tuple[int, int], limit: int) -> None:
         self.comm = boundary.comm
         self.capability = capability
+        self.order = StreamOrder(CudaStreams(torch.device(context.device)))
         self._context = context
         self._boundary = boundary
         self._limit = limit
@@ -82,8 +84,7 @@ class Workspaces:
 
     def capture(self, is_open: bool) -> None:
         """A capture begins, or has ended. A workspace that is called on in between is kept until `close`."""
-        for held in self._held.values():
-            held.order.capture(is_open)
+        self.order.capture(is_open)
 
     def build(self, single: bool, elements: int) -> Held:
         """A workspace for messages of `elements`, beside what is there and not yet in use. Collective.
@@ -123,11 +124,11 @@ class Workspaces:
             if type(error) is CommunicatorError:  # of all ranks; a lost rank is another matter
                 self._failures[single, elements] = str(error)
             raise
-        return Held(raw, elements, nbytes, StreamOrder(CudaStreams(torch.device(context.device))))
+        return Held(raw, elements, nbytes)
 
     def _over(self, single: bool, nbytes: int) -> str | None:
         """Why a workspace of `nbytes` would be more than the settings allow, with what it cannot take the place of. Local."""
-        staying = [h for kind, h in self._held.items() if kind != single or h.order.in_graphs] + self._replaced
+        staying = [h for kind, h in self._held.items() if kind != single or h.in_graphs] + self._replaced
         needed = nbytes + sum(h.nbytes for h in staying)
         if needed <= self._limit:
             return None
@@ -175,7 +176,7 @@ class Workspaces:
         self._held[single] = held
         if old is None:
             return
-        if old.order.in_graphs or self._boundary.settle(self._context.device, self._context.timeout) is not None:
+        if old.in_graphs or self._boundary.settle(self._context.device, self._context.timeout) is not None:
             self._replaced.append(old)
         else:
             self._boundary.free(old.raw)
