@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,9 @@ import commplane
 from commplane import errors
 from commplane.api import Quantization
 from commplane.plugins import PluginHost
-from commplane.runtime import Plane
+from commplane.runtime import Communicator, Plane
+from commplane.runtime.tune import Tuner, steps
 from commplane.runtime.tune import data as tune_data
-from commplane.runtime.tune import steps
 from commplane.testing import run_processes, run_threads
 
 pytestmark = pytest.mark.timeout(60)
@@ -31,6 +32,13 @@ def run(function: Callable[[Plane], Any], plugins: Callable[[], PluginHost] = fu
         if isinstance(result, Exception):
             raise result
     return out
+
+
+def with_norm(comm: Communicator, norm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, on all ranks: what is wrong from the start gets no communicator."""
+    comm.barrier()
+    monkeypatch.setattr(fused.Fused, "norm", staticmethod(norm))
+    comm.barrier()
 
 
 def strikes(store: Any, rank: int, world_size: int, call: int, how: str) -> list[str]:
@@ -246,3 +254,122 @@ def test_where_a_rank_that_waits_would_raise_its_own_reason_it_is_let_say_it(mon
         return tp.plan.explain("all_reduce_rms_norm", nbytes=512).chosen
 
     assert run(rank_main) == ["composed of all_reduce by torch and torch"] * 2
+
+
+def test_what_was_wrong_at_a_size_is_out_though_memory_ends_at_it_for_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where memory ends on one rank for the comparison in which the other finds what is wrong."""
+    compare = tune_data.Data._compare
+
+    def scarce(self: Any, got: Any) -> None:
+        if self.nbytes > 512 and (not hasattr(got[0], "doubled") or self._rank == 1):
+            raise torch.OutOfMemoryError("no memory is left")
+        compare(self, got)
+
+    def doubled(*arguments: Any) -> Any:
+        norm, new = fused.rms_norm(*arguments)
+        norm = norm * 2 if norm.nbytes > 512 else norm
+        norm.doubled = True  # type: ignore[attr-defined]
+        return norm, new
+
+    monkeypatch.setattr(tune_data.Data, "_compare", scarce)
+
+    def rank_main(plane: Plane) -> Any:
+        tp = plane.communicator("tp")
+        with_norm(tp, doubled, monkeypatch)
+        tp.tune(**NORM)
+        assert tp.plan.timings is not None
+        norm, _ = tp.all_reduce_rms_norm(torch.ones(4, 64), torch.zeros(4, 64), torch.ones(64))
+        assert torch.allclose(norm, torch.ones(4, 64))
+        return [(c.candidate, [n for n, _ in c.points], c.failed) for c in tp.plan.timings.curves]
+
+    why = "rank 0: gave a wrong norm of 1024 bytes of float32; rank 1: torch.OutOfMemoryError: no memory is left"
+    with pytest.warns(errors.CommplaneWarning, match="tune ended before the last size at 1024 bytes: .*no memory is left"):
+        first, second = run(rank_main)
+    assert first == second == [("composed:torch", [512], ""), ("fused", [], why)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "wanted"),
+    [
+        (lambda norm: norm.to("meta"), "gave a tensor on meta, wanted cpu"),
+        (lambda norm: norm.to_sparse(), "gave what cannot be compared: "),
+        (lambda norm: None, r"gave \['NoneType', 'Tensor'\], which is no result of this call"),
+    ],
+)
+def test_a_way_whose_result_cannot_be_compared_is_out_and_the_others_are_measured(
+    spoil: Callable[[torch.Tensor], Any], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strange(*arguments: Any) -> Any:
+        norm, new = fused.rms_norm(*arguments)
+        return spoil(norm), new
+
+    def rank_main(plane: Plane) -> Any:
+        tp = plane.communicator("tp")
+        with_norm(tp, strange, monkeypatch)
+        tp.tune(**NORM)
+        assert tp.plan.timings is not None
+        return {c.candidate: (len(c.points), c.failed) for c in tp.plan.timings.curves}
+
+    for curves in run(rank_main):
+        assert curves["composed:torch"] == (3, "")
+        assert curves["fused"][0] == 0 and re.search(f"^ranks 0, 1: {wanted}", curves["fused"][1]), curves
+
+
+def test_a_call_that_would_be_left_to_nobody_is_named_and_the_plan_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One backend is for small messages, and the only one for large ones gives them wrong."""
+    compare = tune_data.Data._compare
+
+    def wrong(self: Any, got: Any) -> None:
+        compare(self, got + 1 if self.nbytes > 512 else got)
+
+    monkeypatch.setattr(tune_data.Data, "_compare", wrong)
+
+    def rank_main(plane: Plane) -> None:
+        tp = plane.communicator("tp")
+        before = tp.plan.digest
+        wanted = (
+            "tune would leave all_reduce sum of float32, 513 <= bytes, with no way to run, so the plan stays as it was: torch: "
+        )
+        with pytest.raises(errors.CommunicatorError, match=wanted):
+            tp.tune("all_reduce", dtype="float32", sizes=[512, 1024])
+        assert tp.plan.digest == before and tp.all_reduce(torch.ones(256)).sum().item() == 512
+
+    run(rank_main, lambda: fused.host(factory="fused:Both", capabilities={"all_reduce"}, max_bytes=512))
+
+
+def test_no_rank_goes_on_to_a_size_when_the_budget_has_passed_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Tuner.run
+
+    def on_its_clock(self: Any, budget_s: float) -> Any:
+        times = itertools.count(step=100 * self._rank)
+        self._now = lambda: next(times)
+        return measured(self, budget_s)
+
+    monkeypatch.setattr(Tuner, "run", on_its_clock)
+
+    def rank_main(plane: Plane) -> Any:
+        tp = plane.communicator("tp")
+        tp.tune(**NORM, budget_s=150)
+        assert tp.plan.timings is not None
+        return {tuple(n for n, _ in c.points) for c in tp.plan.timings.curves}
+
+    assert run(rank_main) == [{(512,)}] * 2
+
+
+def test_what_is_prepared_after_a_tuning_is_for_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the norm of a backend is out, its composition needs an all-reduce."""
+
+    def wrong(*arguments: Any) -> Any:
+        norm, new = fused.rms_norm(*arguments)
+        return norm * 2, new
+
+    def rank_main(plane: Plane) -> Any:
+        tp = plane.communicator("tp")
+        with_norm(tp, wrong, monkeypatch)
+        tp.tune(**NORM)
+        requirements = tp._named["fused"].requirements
+        requirements.clear()
+        tp.prepare("all_reduce_rms_norm", dtype="float32", max_bytes=4096)
+        return [str(r.collective) for r in requirements]
+
+    assert run(rank_main) == [["all_reduce_rms_norm", "all_reduce"]] * 2

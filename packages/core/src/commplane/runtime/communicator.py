@@ -178,7 +178,7 @@ class Communicator(NormCalls):
             self.device,
             self.rank,
             self.world_size,
-            Steps(self.who, self._bootstrap, self._tunings, self.device, seconds, self.poison, lambda: self.check_usable("tune")),
+            Steps(self.who, self._bootstrap, self._tunings, self.device, seconds, self._left, lambda: self.check_usable("tune")),
             lambda routes: DispatchTable(self.who, self.plan.only(routes), self._bindable),
             lambda: capture_all(CaptureGuard(), [self]) if self.captures else nullcontext(),
             self._bootstrap.clock.now,
@@ -193,6 +193,11 @@ class Communicator(NormCalls):
         self._memory.follow(plan)
         self._live, self._in_captures = tables(self.who, plan, self._bindable)
         self._table = self._live
+
+    def _left(self, error: Exception) -> None:
+        """The ranks are out of step in a tuning: a thread of it that was left to itself may be in a capture. Local."""
+        self.poison(error)
+        self._capture_interrupted()
 
     def empty(self, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory: reduced without a staging copy. Collective.

@@ -82,8 +82,19 @@ class Data:
         """Compare what `call` gave. Local; holds pieces beside it, of a quantised norm another one.
 
         Raises:
-            Wrong: it is something else.
+            Wrong: it is something else, or nothing that can be compared.
+            MemoryError, torch.OutOfMemoryError: there is no memory for the comparison.
         """
+        try:
+            self._compare(got)
+        except Wrong:
+            raise
+        except Exception as error:  # what a plugin gives may be anything
+            if _is_of_memory(error):
+                raise
+            raise Wrong(f"gave what cannot be compared: {type(error).__name__}: {error}") from error
+
+    def _compare(self, got: Any) -> None:
         import torch
 
         s = self._subject
@@ -95,6 +106,8 @@ class Data:
         for tensor in tensors:
             if list(tensor.shape) != self._shape or tensor.dtype is not self._dtype:
                 raise Wrong(f"gave {tensor.dtype}{list(tensor.shape)}, wanted {self._dtype}{self._shape}")
+            if tensor.device != self.tensor.device:
+                raise Wrong(f"gave a tensor on {tensor.device}, wanted {self.tensor.device}")
         total, norm = tensors[-1], tensors[0] if norms else None
         wrong = changed = 0
         for rows, numbers in self._pieces():
@@ -155,3 +168,10 @@ class Data:
             else:
                 total += values
         return total.double() / self._world_size if op is ReduceOp.AVG else total
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory has ended; torch has no class for that on the CPU."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

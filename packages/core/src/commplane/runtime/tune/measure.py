@@ -18,7 +18,7 @@ from commplane.runtime.dispatch import DispatchTable
 from commplane.runtime.tune.data import Data
 from commplane.runtime.tune.steps import Steps, Trouble
 from commplane.runtime.tune.subject import Subject
-from commplane.runtime.tune.timer import Timer, by_clock, in_graphs
+from commplane.runtime.tune.timer import Timer, by_clock, in_graphs, warmed_up
 from commplane.select import Curve, Route
 
 __all__ = ["Tuner"]
@@ -119,12 +119,13 @@ class Tuner:
         failures: dict[str, Trouble] = {}
         for way in ways:
             timer, trouble = self._verified(way, data)
-            if self.stopped:
-                return
-            if trouble is None:
+            if timer is not None:
                 timers[way.label] = timer
-            else:
+            elif trouble is not None:
                 failures[way.label] = trouble
+            if self.stopped:
+                timers.clear()  # nothing is timed at this size; what was wrong at it is out all the same
+                break
         for number in range(-1, _ROUNDS + 1):  # the first turn tells how many calls fill one, the second is not counted
             for label in list(timers):
                 seconds = times[label][0] / 1e6 if number >= 0 else _TURN_S
@@ -146,13 +147,13 @@ class Tuner:
         for way in ways:
             if way.label in measured:
                 way.points.append((nbytes, measured[way.label]))
-            elif failures[way.label].wrong or measured:
-                way.fail(failures[way.label], nbytes)
-        if not measured and ways:
+            elif (trouble := failures.get(way.label)) is not None and (trouble.wrong or measured):
+                way.fail(trouble, nbytes)
+        if not measured and ways and not self.stopped:
             self.stopped = f"{nbytes} bytes: " + "; ".join(f"{label}: {t.text}" for label, t in failures.items())
 
-    def _verified(self, way: _Way, data: Data) -> tuple[Timer, Trouble | None]:
-        """What times a way that has given what it must. Collective; the result is looked at apart from the call that made it."""
+    def _verified(self, way: _Way, data: Data) -> tuple[Timer | None, Trouble | None]:
+        """What times a way that has given what it must, or why not. Collective; the result is looked at apart from the call."""
         table = self._make_table(way.routes)
         got, trouble = self._steps.together(f"a call of {way.label}", lambda: data.call(table)())
         if trouble is None:
@@ -160,13 +161,12 @@ class Tuner:
             if trouble is not None and not trouble.wrong:
                 self.stopped = f"{data.nbytes} bytes: {trouble.text}"
         if trouble is not None:
-            return _untimed, trouble
+            return None, trouble
         call = data.call(table, timed=True)
         if not self._subject.graph:
             return by_clock(call, self._device), None
-        timer, trouble = self._steps.together(f"a graph of {way.label}", lambda: in_graphs(call, self._capturing))
-        return timer or _untimed, trouble
-
-
-def _untimed(calls: int) -> float:
-    raise AssertionError(f"a way that failed is not timed, found {calls} calls")
+        # A rank that fails in its first calls is not to leave the others in the vote that ends a capture.
+        stream, trouble = self._steps.together(f"a warm-up of {way.label}", lambda: warmed_up(call))
+        if trouble is not None:
+            return None, trouble
+        return self._steps.together(f"a graph of {way.label}", lambda: in_graphs(call, stream, self._capturing))

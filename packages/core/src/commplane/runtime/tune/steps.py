@@ -20,7 +20,7 @@ _GRACE_S = 1.0
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a step failed, equal on every rank. `wrong` if it went to its end on all of them, with a wrong result on some."""
+    """Why a step failed, equal on every rank. `wrong` if some rank has found a wrong result."""
 
     text: str
     wrong: bool
@@ -49,7 +49,9 @@ class Steps:
         poison: Callable[[Exception], None],
         check: Callable[[], None],
     ) -> None:
-        self._bootstrap = bootstrap
+        # A step may vote on the communicator's own control plane, as a capture does, and be left waiting there: the votes on the
+        # steps are apart from it.
+        self._votes = bootstrap.child(f"tune/{number}/votes", who=who, timeout=2 * seconds + 1)
         self._told = bootstrap.child(f"tune/{number}", who=who, timeout=seconds)
         self._who = who
         self._device = device
@@ -62,7 +64,7 @@ class Steps:
         """Every rank's value, in group order."""
         try:
             # A step is bounded on each rank, so a rank may come here that much later than another.
-            return list(self._bootstrap.all_gather(value, what=f"tune, {what}", timeout=2 * self._seconds + 1))
+            return self._votes.all_gather(value, what=f"tune, {what}")
         except BaseException as error:
             self._out_of_step(error, what)
             raise
@@ -97,7 +99,7 @@ class Steps:
         """Act within the deadline; what it gave, and by global rank how it went: ok, wrong, raised, or left undone."""
         self._count += 1
         self._told.begin(str(self._count))
-        clock = self._bootstrap.clock
+        clock = self._votes.clock
         failed: list[tuple[Exception, float]] = []
 
         def step() -> Any:
@@ -114,7 +116,7 @@ class Steps:
         done, mine = None, ("ok", "")
         try:
             # Every rank of a large group that waits wakes up for each look.
-            look_every = max(0.05, 0.0005 * self._bootstrap.world_size)
+            look_every = max(0.05, 0.0005 * self._votes.world_size)
             done = call_bounded(step, self._seconds, f"tune, {what}", give_up=give_up, look_every=look_every, clock=clock)
         except Wrong as error:
             mine = "wrong", str(error)
@@ -126,7 +128,7 @@ class Steps:
             self._out_of_step(error, what)
             raise
         said = self.gather(mine, f"vote on {what}")
-        return done, {rank: (kind, text) for rank, (kind, text) in zip(self._bootstrap.ranks, said, strict=True)}
+        return done, {rank: (kind, text) for rank, (kind, text) in zip(self._votes.ranks, said, strict=True)}
 
     def _out_of_step(self, error: BaseException, what: str) -> None:
         self._told.fail(f"{type(error).__name__} in tune, {what}")
@@ -135,8 +137,7 @@ class Steps:
 
 def _trouble(said: dict[int, tuple[str, str]]) -> Trouble | None:
     found = {rank: text for rank, (kind, text) in said.items() if kind != "ok"}
-    wrong = {kind for kind, _ in said.values()} <= {"ok", "wrong"}
-    return Trouble(_by_text(found), wrong) if found else None
+    return Trouble(_by_text(found), any(kind == "wrong" for kind, _ in said.values())) if found else None
 
 
 def _by_text(found: dict[int, str]) -> str:

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from commplane.agree.device import settle
 
-__all__ = ["Timer", "by_clock", "in_graphs"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Timer", "by_clock", "in_graphs", "warmed_up"]
 
 Timer = Callable[[int], float]
 """Microseconds a call, of so many. Collective as the calls are."""
@@ -35,13 +38,8 @@ def by_clock(call: Callable[[], Any], device: str) -> Timer:
     return timer
 
 
-def in_graphs(call: Callable[[], Any], capturing: Callable[[], AbstractContextManager[Any]]) -> Timer:
-    """Replays of a CUDA graph that holds the call some times over, captured here. Collective.
-
-    Args:
-        call: what to time.
-        capturing: around the capture, where the plan needs that.
-    """
+def warmed_up(call: Callable[[], Any]) -> torch.cuda.Stream:
+    """A stream to capture in, on which the call has run. Collective as the call is."""
     import torch
 
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -50,6 +48,19 @@ def in_graphs(call: Callable[[], Any], capturing: Callable[[], AbstractContextMa
         for _ in repeat(None, _WARM_UP):
             call()
     torch.cuda.synchronize()
+    return stream
+
+
+def in_graphs(call: Callable[[], Any], stream: torch.cuda.Stream, capturing: Callable[[], AbstractContextManager[Any]]) -> Timer:
+    """Replays of a CUDA graph that holds the call some times over, captured here. Collective.
+
+    Args:
+        call: what to time, warmed up.
+        stream: to capture in.
+        capturing: around the capture, where the plan needs that.
+    """
+    import torch
+
     graph = torch.cuda.CUDAGraph()
     # Threads that transports keep may go on meanwhile: only this one is held to what a capture allows.
     with capturing(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
