@@ -34,13 +34,13 @@ def test_each_shipped_file_is_what_the_tool_makes_of_the_results() -> None:
 
 def test_what_is_shipped_is_read_and_is_of_one_host_of_gpus() -> None:
     (tuning,) = shipped()
-    assert tuning.facts == {"device": "NVIDIA H200", "ranks": 2, "hosts": [2]}
+    assert tuning.facts == {"device": "NVIDIA H200", "ranks": 2, "hosts": [2], "gpus": 2}
     assert {c.candidate for c in tuning.timings.curves} == {"custom_ar", "torch", "composed:custom_ar", "composed:torch"}
 
 
 def tuned(path: Path, **changes: Any) -> Path:
     """A file as the command tune writes it."""
-    facts = {"device": "NVIDIA H200", "ranks": 2, "hosts": [2], "torch": "2.11.0", **changes}
+    facts = {"device": "NVIDIA H200", "ranks": 2, "hosts": [2], "gpus": 2, "torch": "2.11.0", **changes}
     curve = Curve("all_reduce_rms_norm", None, "bfloat16", True, "flashinfer", ((8192, 3.0),), hidden=4096)
     broken = Curve("all_reduce", "sum", "float16", True, "flashinfer", failed="rank 0: gave the result wrong")
     Tuning(facts, Timings((curve, broken))).write(str(path))
@@ -58,8 +58,25 @@ def test_what_tune_measured_takes_the_place_of_that_call(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "changes", [{"device": "NVIDIA H100"}, {"ranks": 4, "hosts": [4]}, {"hosts": [1, 1]}, {"device": "cpu x86_64"}]
+    "changes",
+    [
+        {"device": "NVIDIA H100"},
+        {"ranks": 4, "hosts": [4], "gpus": 4},
+        {"hosts": [1, 1]},
+        {"device": "cpu x86_64"},
+        {"gpus": 1},
+        {"gpus": None},
+    ],
 )
 def test_times_of_another_machine_are_not_mixed_in(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="wanted"):
         made([RESULTS / "cuda-graph.json", tuned(tmp_path / "t.json", **changes)])
+
+
+@pytest.mark.parametrize("changes", [{"gpus": ["NVIDIA H200"]}, {"mps_share_percent": 50.0}])
+def test_times_of_ranks_that_shared_a_gpu_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    result = json.loads((RESULTS / "cuda-fused.json").read_text())
+    path = tmp_path / "one-gpu.json"
+    path.write_text(json.dumps({**result, "machine": {**result["machine"], **changes}}))
+    with pytest.raises(ValueError, match="wanted a GPU for each rank"):
+        made([path])

@@ -35,8 +35,13 @@ def made(paths: Sequence[Path]) -> str:
         if "rows" in data:
             found, curves = _where(data["machine"]), _of_bench(data["rows"])
         else:
-            found = {key: data["facts"][key] for key in ("device", "ranks", "hosts")}
+            found = {key: data["facts"].get(key) for key in ("device", "ranks", "hosts", "gpus")}
             curves = list(Timings.from_json(data["timings"]).curves)
+        missing = [key for key, value in found.items() if value is None]
+        if missing:
+            raise ValueError(f"{path}: wanted facts with {', '.join(missing)}, found {data['facts']}: measure anew")
+        if found["gpus"] != found["ranks"]:
+            raise ValueError(f"{path}: wanted a GPU for each rank, found {found}: ranks that share one are slower")
         if len(found["hosts"]) != 1 or found["device"].startswith("cpu"):
             raise ValueError(f"{path}: wanted GPUs of one host, found {found}: times of anything else hold for one machine alone")
         if facts and facts != found:
@@ -51,7 +56,9 @@ def _where(machine: Mapping[str, Any]) -> dict[str, Any]:
     names = set(machine["gpus"])
     if len(names) != 1:
         raise ValueError(f"wanted GPUs of one kind, found {sorted(names)}")
-    return {"device": names.pop(), "ranks": machine["ranks"], "hosts": [machine["ranks"]] * machine["hosts"]}
+    ranks = machine["ranks"]
+    gpus = 1 if machine.get("mps_share_percent") else min(ranks, len(machine["gpus"]))
+    return {"device": names.pop(), "ranks": ranks, "hosts": [ranks] * machine["hosts"], "gpus": gpus}
 
 
 def _of_bench(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:

@@ -135,6 +135,13 @@ def test_the_first_by_preference_keeps_its_place_where_others_were_measured_and_
     assert reason == "7.0 us at 8192 bytes, flashinfer comes before it and was not measured"
 
 
+def test_explain_says_of_one_that_comes_later_that_it_is_the_one_that_was_not_measured() -> None:
+    plan = plan_of([CUSTOM, FLASH, TORCH], curve("custom_ar", (8192, 7.0)), curve("composed:torch", (8192, 9.0)))
+    answer = plan.explain(str(NORM), nbytes=8192, dtype="bfloat16")
+    assert answer.chosen == "custom_ar"
+    assert dict(answer.others)["flashinfer"] == "was not measured, and custom_ar comes before it"
+
+
 def test_explain_says_of_which_hidden_size_and_where_from_the_times_are() -> None:
     there = curve("flashinfer", (8192, 6.0), hidden=4096, source="a file")
     assert "flashinfer, 6.0 us (hidden 4096, a file)" in str(plan_of([FLASH, TORCH], there).explain(str(NORM), dtype="bfloat16"))

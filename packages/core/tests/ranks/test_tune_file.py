@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 from commplane import errors
-from commplane.api import Usable
-from commplane.cli import main
+from commplane.api import Usable, hookimpl
+from commplane.cli import main, tune
+from commplane.plugins import PluginHost
 from commplane.runtime import Plane, follow
 from commplane.runtime.follow import facts_of
 from commplane.runtime.tuning import Tuning
@@ -38,7 +40,8 @@ def written(path: Path, **changes: Any) -> Tuning:
 
     def rank_main(plane: Plane) -> dict[str, Any]:
         comm = plane.communicator("tp")
-        return facts_of(comm.plan, plane.facts, comm.device, plane.config.options)
+        gather = lambda mine: plane.gather(mine, what="facts")  # noqa: E731
+        return facts_of(comm.plan, plane.facts, comm.device, plane.config.options, gather)[0]
 
     facts = run(rank_main, lambda _rank: {"timeout": 20})[0]
     out = Tuning({**facts, **changes}, TIMINGS, str(path))
@@ -137,13 +140,26 @@ def two_h200(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs ranks whose GPUs are called so, with a backend of the name of one that the shipped file has times of."""
     monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
     monkeypatch.setattr(follow, "device_name", lambda _device, _machine: "NVIDIA H200")
-    spec = {"name": "custom_ar", "device": "any", "factory": "fused:Both", "capabilities": {"all_reduce", "all_reduce_rms_norm"}}
+    spec = {
+        "name": "custom_ar",
+        "device": "any",
+        "factory": "fused:Both",
+        "capabilities": {"all_reduce", "all_reduce_rms_norm"},
+        "options": {"algorithm": "auto"},
+    }
 
-    def go(**config: Any) -> list[Any]:
+    def go(*plugins: Any, ranks: int = 2, gpus: int = 2, **config: Any) -> list[Any]:
+        which = itertools.count()
+        monkeypatch.setattr(follow, "device_id", lambda _device: f"GPU-{next(which) % gpus}")
+
+        def host(_rank: int) -> PluginHost:
+            out = fused.host(**spec)
+            for plugin in plugins:
+                out.register(plugin, "site", dist="site-wheel", version="1.0")
+            return out
+
         with without_canary():
-            return run_threads(
-                2, explained, plugins=lambda _rank: fused.host(**spec), config=lambda _rank: {"timeout": 20, **config}
-            )
+            return run_threads(ranks, explained, plugins=host, config=lambda _rank: {"timeout": 20, **config})
 
     return go
 
@@ -156,13 +172,54 @@ def test_two_h200_follow_what_is_shipped_and_explain_shows_the_fused_call_the_pa
     assert "  not composed of all_reduce by custom_ar and torch: 71.3 us at 16777216 bytes, custom_ar takes 53.6" in lines
 
 
-@pytest.mark.parametrize("config", [{"tuning": "off"}, {"tuning": ""}, {"backends": ["custom_ar"]}])
-def test_nothing_shipped_is_followed_where_the_setting_is_off_or_an_order_of_backends_is_given(
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tuning": "off"},
+        {"tuning": ""},
+        {"backends": ["custom_ar"]},
+        {"gpus": 1},
+        {"custom_ar": {"algorithm": "two_shot"}},
+    ],
+)
+def test_nothing_shipped_is_followed_with_the_setting_off_or_an_order_or_other_options_given_or_on_one_gpu_for_all(
     two_h200: Any, config: dict[str, Any]
 ) -> None:
     first, second = two_h200(**config)
     assert first == second and "custom_ar" in first.splitlines()[0]
     assert " us" not in first
+
+
+class Site:
+    """Gives an order, as a site's policy."""
+
+    @hookimpl
+    def commplane_select_backend(self, request: Any, candidates: Any) -> list[str]:
+        return list(candidates)
+
+
+def test_nothing_shipped_is_followed_where_a_policy_gave_the_order(two_h200: Any) -> None:
+    first, second = two_h200(Site())
+    assert first == second and "custom_ar" in first.splitlines()[0]
+    assert " us" not in first
+
+
+def test_a_group_of_as_many_ranks_as_no_shipped_file_has_asks_nobody(two_h200: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "facts_of", lambda *_arguments: pytest.fail("asked"))
+    assert all(" us" not in text for text in two_h200(ranks=4, gpus=4))
+
+
+def test_a_file_that_would_leave_a_call_to_nobody_is_not_used_and_says_so_once(tmp_path: Path) -> None:
+    """Measured where every class of numerics was admitted: what was right there is not admitted here."""
+    path = tmp_path / "t.json"
+    broken, right = Curve(*NORM, "fused", failed="gave a wrong norm"), Curve(*NORM, "composed:torch", ((512, 5.0),))
+    Tuning({"ranks": 2}, Timings((broken, right))).write(str(path))
+    spec = {"numerics": "rank_order"}
+    assert followed(path, **spec)[0] == [("composed of all_reduce by torch and torch", True)] * 2
+    found, (text,) = followed(path, {"numerics": "rank_order"}, **spec)
+    assert found == [("fused", False)] * 2
+    assert "not used by communicator" in text
+    assert ": it leaves all_reduce_rms_norm of float32, 0 <= bytes, with no way to run; write one with commplane tune" in text
 
 
 def test_files_that_differ_stop_every_rank(tmp_path: Path) -> None:
@@ -191,6 +248,31 @@ def test_a_broken_file_is_a_configuration_error(tmp_path: Path, text: str | None
         Tuning.read(str(path))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--out", "no/such/folder/t.json"], "wanted a file in a folder that can be written to, found 'no/such/folder/t.json'"),
+        (["--out", "."], "wanted a file in a folder that can be written to, found '.'"),
+        (["--op", "sum"], "invalid choice: 'sum'"),
+        (
+            ["--op", "fp8_token"],
+            "wants all_reduce_rms_norm_quant among --collectives, found all_reduce, all_reduce_rms_norm: leave",
+        ),
+    ],
+)
+def test_what_the_command_could_not_do_at_its_end_is_refused_before_it_measures(
+    arguments: list[str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tune, "in_ranks", lambda _options: pytest.fail("started"))
+    try:
+        code = main(["tune", *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code in (1, 2)
+    assert wanted in capsys.readouterr().err
+
+
 def test_the_command_writes_a_file_that_the_next_run_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,7 +280,9 @@ def test_the_command_writes_a_file_that_the_next_run_follows(
     monkeypatch.setenv("COMMPLANE_BACKENDS", "torch")
     sizes = ["--sizes", "8K", "--hidden", "256", "--dtypes", "fp32", "--device", "cpu"]
     assert main(["tune", "--collectives", "all_reduce_rms_norm", *sizes, "--out", str(path)]) == 0
-    assert [c.candidate for c in Tuning.read(str(path)).timings.curves] == ["composed:torch"]
+    tuning = Tuning.read(str(path))
+    assert [c.candidate for c in tuning.timings.curves] == ["composed:torch"]
+    assert (tuning.facts["ranks"], tuning.facts["gpus"]) == (2, 0)
     monkeypatch.setenv("COMMPLANE_TUNING", str(path))
     monkeypatch.setenv("COMMPLANE_DEVICE", "cpu")
     capfd.readouterr()

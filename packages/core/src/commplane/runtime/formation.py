@@ -101,7 +101,7 @@ class Formation:
             if n not in kept and n != LAST_RESORT
         ]
         last = [n for n in draft.order if n == LAST_RESORT]
-        return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts)
+        return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts, given=True)
 
     def _build(self, draft: Draft) -> tuple[Plan, dict[str, CommBackend], list[StoreBootstrap]]:
         """Open what was chosen, each on all ranks or on none. Collective."""
@@ -149,7 +149,7 @@ class Formation:
                     offers.extend(result.offers)
             refused = tuple(sorted(draft.refused, key=lambda c: c.name))
             plan = Plan.of(self._key, (*outcomes, *refused), served, self._config.numerics, offers)
-            auto = self._config.tuning == "auto" and not self._request["backends"]  # an order that was given is kept
+            auto = self._config.tuning == "auto" and not draft.given  # an order that was given is kept
             plan = follow(plan, self._tuning, self._facts, self._device, self._config.options, self._bootstrap, auto=auto)
             self._warn_of_refusals(plan)
             digests = self._bootstrap.gather(plan.digest, what="commit").groups

@@ -146,15 +146,17 @@ class Plan:
             out.setdefault(r.candidate, []).append(r)
         return {label: joined(sorted(routes, key=lambda r: r.low)) for label, routes in out.items()}
 
-    def lacks(self, other: Plan) -> Route | None:
-        """A route of `other`, of the same backends, at sizes of which nothing runs in this plan; None if all are served."""
+    def lacks(self, other: Plan) -> str | None:
+        """A call and sizes that `other`, of the same backends, runs and this plan does not; None if there are none."""
         for capturing in (False, True):
             for r in other._routes(capturing):
                 free = [(r.low, r.high)]
                 for mine in self.serving(r.collective, r.op, r.dtype, capturing=capturing):
                     free = take(free, mine.low, mine.high)[1]
-                if free:
-                    return replace(r, low=free[0][0], high=free[0][1])
+                for low, high in free:
+                    dtype = "any other dtype" if r.dtype == ANY_DTYPE else r.dtype
+                    size = f"{low} <= bytes{'' if high is None else f' < {high}'}"
+                    return f"{r.collective}{'' if r.op is None else f' {r.op}'} of {dtype}, {size}"
         return None
 
     def only(self, routes: Sequence[Route]) -> Plan:
@@ -234,7 +236,7 @@ class Plan:
             if not c.ready:
                 reason = f"{c.state}: {c.reason}"
             elif route is not None:
-                before = f"{route.how} comes before it{', which was not measured' if curves else ''}"
+                before = f"{'was not measured, and ' if curves else ''}{route.how} comes before it"
                 reason = self._why_not(specs[c.name], kind, reduction, name, nbytes, graph) or before
             else:
                 reason = self._why_not_at_all(specs[c.name], kind, reduction, name, nbytes, graph)

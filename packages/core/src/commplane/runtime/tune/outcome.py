@@ -29,9 +29,7 @@ def check_outcome(who: str, curves: Sequence[Curve], stopped: str, plan: Plan, b
         raise CommunicatorError(f"{who} tune measured nothing, so the plan stays as it was: {reasons or 'no way serves a size'}")
     lost = plan.lacks(before)
     if lost is not None:
-        size = f"{lost.low} <= bytes{'' if lost.high is None else f' < {lost.high}'}"
-        call = f"{lost.collective}{'' if lost.op is None else f' {lost.op}'} of {lost.dtype}"
         raise CommunicatorError(
-            f"{who} tune would leave {call}, {size}, with no way to run, so the plan stays as it was: {failed}: "
+            f"{who} tune would leave {lost}, with no way to run, so the plan stays as it was: {failed}: "
             f"leave out the backend that fails with the setting backends"
         )
