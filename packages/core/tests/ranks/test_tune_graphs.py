@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,11 +22,15 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture
 def tuned_in_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Runs two ranks that tune in graphs, with what each is to do in its warm-up and before its capture; what they are told."""
+    """Runs two ranks that tune in graphs, with what each is to do on its way to its capture; what they are told."""
     subject_of = communicator.subject_of
     monkeypatch.setattr(communicator, "subject_of", lambda *arguments: replace(subject_of(*arguments), graph=True))
 
-    def go(warm_up: Callable[[], None] = lambda: None, before: Callable[[], None] = lambda: None) -> list[str]:
+    def go(
+        warm_up: Callable[[], None] = lambda: None,
+        before: Callable[[], None] = lambda: None,
+        inside: Callable[[], object] = lambda: None,
+    ) -> list[str]:
         def warmed_up(call: Callable[[], Any]) -> None:
             warm_up()
             call()
@@ -33,7 +38,7 @@ def tuned_in_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]
         def in_graphs(call: Callable[[], Any], stream: None, capturing: Callable[[], Any]) -> Any:
             before()
             with capturing():  # as on a GPU, what is captured does not run
-                pass
+                inside()
             return by_clock(call, "cpu")
 
         monkeypatch.setattr(measure, "warmed_up", warmed_up)
@@ -92,3 +97,12 @@ def test_a_rank_that_fails_before_its_capture_is_named_with_its_reason_on_all_an
         assert text.startswith("CommunicatorError: [tp rank ")
         assert f"tune, {step}: failed on some ranks only" in text and ": RuntimeError: no such kernel" in text
     assert bool(begun) == (at == "before")
+
+
+def test_a_rank_that_hangs_in_a_capture_which_another_one_missed_can_close_too(tuned_in_graphs: Callable[..., list[str]]) -> None:
+    gone = threading.Event()
+    try:
+        texts = tuned_in_graphs(before=on_one_rank("no such kernel"), inside=lambda: gone.wait(50))
+    finally:
+        gone.set()
+    assert all("failed on some ranks only" in text and ": RuntimeError: no such kernel" in text for text in texts)
