@@ -55,7 +55,7 @@ def tuned_in_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]
             assert tp.closed
             return told
 
-        out = run_threads(
+        out: list[Any] = run_threads(
             2,
             rank_main,
             plugins=lambda _rank: faulty.host(capabilities={Capability.ALL_REDUCE, Capability.CAPTURE}),
@@ -91,7 +91,12 @@ def test_a_rank_that_fails_before_its_capture_is_named_with_its_reason_on_all_an
     """The other rank is in the vote of the capture meanwhile, in a thread that is left to itself."""
     begun: list[Communicator] = []
     begin = Communicator._capture_begin
-    monkeypatch.setattr(Communicator, "_capture_begin", lambda self: (begun.append(self), begin(self))[1])
+
+    def noted(self: Communicator) -> None:
+        begun.append(self)
+        begin(self)
+
+    monkeypatch.setattr(Communicator, "_capture_begin", noted)
     first, second = tuned_in_graphs(**{at: on_one_rank("no such kernel")})
     for text in (first, second):
         assert text.startswith("CommunicatorError: [tp rank ")
