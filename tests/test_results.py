@@ -56,6 +56,7 @@ def test_the_table_names_exactly_the_files_that_the_commands_write() -> None:
     named = {f"docs/results/{name}" for name in re.findall(r"`([\w-]+\.(?:json|png))`", README)}
     files = [name for command in COMMANDS for name in written(command)]
     assert sorted(files) == sorted(named)
+    assert [name for name in files if not (ROOT / name).exists()] == []
 
 
 def test_every_file_was_made_with_its_command() -> None:
