@@ -5,6 +5,7 @@ python tools/gpu_tests.py [--no-sanitize] [--no-kit] [options of pytest]    with
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 KIT = ("--pyargs", "commplane_conformance", "--commplane-device=cuda", "-q", "-p", "no:cacheprovider")
 MARKS = "mark.gpu", "needs_gpu()", "pytestmark = marks()"
 SKIPPED = "--no-sanitize", "--no-kit"
+BACKENDS = {"torch": "core", "custom_ar": "comm-custom-ar", "flashinfer": "comm-flashinfer"}
+"""Those that the kit is run for, and whose package has what is expected of them."""
+WANTS = {"comm-flashinfer": ("commplane_flashinfer", "flashinfer")}
+"""Modules that are not there on every machine with GPUs, by the package whose parts want them."""
 
 
 def gpus() -> int:
@@ -23,6 +28,20 @@ def gpus() -> int:
     code = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     return int(done.stdout)
+
+
+def absent(package: str) -> list[str]:
+    """The modules that the parts of `package` want and that are not installed. Local."""
+    return [name for name in WANTS.get(package, ()) if importlib.util.find_spec(name) is None]
+
+
+def left_out() -> list[str]:
+    """What does not run for want of a module, a line each."""
+    return [
+        f"{package}: its tests and the kit for it were not run, {' and '.join(missing)} is not installed"
+        for package in WANTS
+        if (missing := absent(package))
+    ]
 
 
 def parts(options: list[str], count: int) -> list[tuple[str, list[str], str]]:
@@ -33,10 +52,14 @@ def parts(options: list[str], count: int) -> list[tuple[str, list[str], str]]:
     rest = [option for option in options if option not in SKIPPED]
     out = []
     for package in sorted({path.relative_to(ROOT).parts[1] for path in tests}):  # each has kept ranks and an MPS of its own
+        if absent(package):
+            continue
         own = [str(path) for path in tests if path.relative_to(ROOT).parts[1] == package]
         out.append((f"tests, {package}", [sys.executable, "-m", "pytest", "-m", "gpu", *own, *rest], str(ROOT)))
     if "--no-kit" not in options and count >= 2:
-        for name, package in (("torch", "core"), ("custom_ar", "comm-custom-ar"), ("flashinfer", "comm-flashinfer")):
+        for name, package in BACKENDS.items():
+            if absent(package):
+                continue
             # From an empty folder, as the kit wants it.
             command = [
                 sys.executable,
@@ -82,8 +105,8 @@ def main(options: list[str]) -> int:
         print(f"--- {name}: exit code {code}, {time.monotonic() - begun:.0f} s", flush=True)
         if code:
             failed.append(name)
-    if count < 2:
-        print("one GPU: the kit and compute-sanitizer want two")
+    for line in [*left_out(), *(["one GPU: the kit and compute-sanitizer want two"] if count < 2 else [])]:
+        print(line)
     print(f"failed: {', '.join(failed)}" if failed else "all well")
     return 1 if failed else 0
 

@@ -11,9 +11,7 @@ import faulthandler
 import importlib
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,13 +26,13 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_mps import MPS_CONTROL, Mps
 
 import commplane
 from commplane.runtime import Communicator, Plane
 from commplane.testing import PluginHost, without_canary
 
 GPUS = torch.cuda.device_count()  # through NVML: this process makes no context
-MPS_CONTROL = shutil.which("nvidia-cuda-mps-control")
 WANTED = tuple(int(n) for n in os.environ.get("GPU_TEST_RANKS", "2,3,4").split(","))
 """Sizes of groups; GPU_TEST_RANKS=2,3,4,8 for more."""
 
@@ -115,9 +113,12 @@ class Rank:
         """Whose communicators `form` makes: the first of the world's plugins."""
         return self.job.plugins[0]
 
-    def form(self, name: str, ranks: list[int] | None = None, **options: Any) -> Communicator:
-        """A new communicator of `backend`; `options` are its own settings. Collective over `ranks`."""
-        with without_canary():
+    def form(self, name: str, ranks: list[int] | None = None, *, canary: bool = False, **options: Any) -> Communicator:
+        """A new communicator of `backend`; `options` are its own settings. Collective over `ranks`.
+
+        With `canary`, what does not work is left out: NCCL, where ranks share a GPU.
+        """
+        with contextlib.nullcontext() if canary else without_canary():
             comm = self.plane.communicator(
                 name, ranks, device=str(self.device), backends=[self.backend], options={self.backend: options}
             )
@@ -211,9 +212,8 @@ class World:
         self.size, self.usable = size, True
         self._folder = tempfile.TemporaryDirectory(prefix="commplane-gpu-")
         settings = {"timeout": TIMEOUT_S, "startup_timeout": STARTUP_S, "flight_dir": self._folder.name, **config}
+        settings.setdefault("tuning", "off")  # a backend is tested at every size, also where another is faster
         env = {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1", **more_env, **(mps or {})}
-        if mps:
-            env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(100 // size)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes: list[Any] = []
         self._connections: list[Any] = []
@@ -308,40 +308,6 @@ class World:
         self._folder.cleanup()
 
 
-class Mps:
-    """An MPS daemon with folders of its own."""
-
-    def __init__(self) -> None:
-        assert MPS_CONTROL is not None
-        self._folder = tempfile.mkdtemp(prefix="mps-", dir="/tmp")  # short: there is a socket in it
-        self.env = {"CUDA_MPS_PIPE_DIRECTORY": f"{self._folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{self._folder}/log"}
-        for folder in self.env.values():
-            Path(folder).mkdir()
-        self._run(["-d"], None)
-
-    def _run(self, arguments: list[str], text: str | None) -> None:
-        assert MPS_CONTROL is not None
-        # Not captured: the daemon would keep the pipe open, and this would wait for its end.
-        subprocess.run(
-            [MPS_CONTROL, *arguments],
-            env={**os.environ, **self.env},
-            input=text,
-            stdin=None if text is not None else subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-
-    def stop(self) -> None:
-        """End the daemon and its server."""
-        try:
-            self._run([], "quit\n")
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-
 class Worlds:
     """The shared worlds of a run, one for each size, started when first wanted and again after a failure.
 
@@ -383,7 +349,7 @@ class Worlds:
         if size > GPUS and self._mps is None:
             self._mps = Mps()
         return World(
-            size, self._mps.env if size > GPUS and self._mps else None, self._cache.name, self._plugins, self._env, **config
+            size, self._mps.env(size) if size > GPUS and self._mps else None, self._cache.name, self._plugins, self._env, **config
         )
 
     @contextlib.contextmanager
@@ -411,8 +377,7 @@ class Worlds:
         """Variables for processes that a test starts itself: with MPS where `size` ranks share a GPU."""
         if size > GPUS and self._mps is None:
             self._mps = Mps()
-        mps = {**self._mps.env, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // size)} if size > GPUS and self._mps else {}
-        return {"XDG_CACHE_HOME": self._cache.name, **mps}
+        return {"XDG_CACHE_HOME": self._cache.name, **(self._mps.env(size) if size > GPUS and self._mps else {})}
 
     def close_worlds(self) -> None:
         worlds: list[World] = [*self._worlds.values(), *self._short.values()]

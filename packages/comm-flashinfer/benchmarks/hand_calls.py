@@ -58,12 +58,12 @@ class ByHand:
             comm_backend=_Exchange(plane),
         )
 
-    def norm(self, x: Any, residual: Any, weight: Any, *, one_shot: bool) -> Callable[[], object]:
-        """All-reduce + residual + RMSNorm."""
+    def norm(self, x: Any, residual: Any, weight: Any, *, one_shot: bool | None) -> Callable[[], object]:
+        """All-reduce + residual + RMSNorm; without a word on `one_shot` FlashInfer chooses."""
         norm, total = torch.empty_like(x), torch.empty_like(x)
         return self._call(x, residual, weight, one_shot, 1, output=norm, norm_out=norm, residual_out=total)
 
-    def quantised(self, x: Any, residual: Any, weight: Any, how: Quantization, *, one_shot: bool) -> Callable[[], object]:
+    def quantised(self, x: Any, residual: Any, weight: Any, how: Quantization, *, one_shot: bool | None) -> Callable[[], object]:
         """The same with an FP8 output and no norm."""
         (tokens, hidden), total = x.shape, torch.empty_like(x)
         more: dict[str, Any] = {"quant_out": torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)}
@@ -77,7 +77,9 @@ class ByHand:
             pattern, more["scale_out"], more["block_quant_group_size"] = 8, scales, how.group
         return self._call(x, residual, weight, one_shot, pattern, output=x, residual_out=total, **more)
 
-    def _call(self, x: Any, residual: Any, weight: Any, one_shot: bool, pattern: int, **outputs: Any) -> Callable[[], object]:
+    def _call(
+        self, x: Any, residual: Any, weight: Any, one_shot: bool | None, pattern: int, **outputs: Any
+    ) -> Callable[[], object]:
         run, workspace = self._comm.allreduce_fusion, self.workspace
 
         def call() -> object:

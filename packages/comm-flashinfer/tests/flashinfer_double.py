@@ -29,16 +29,33 @@ from commplane.api import (
 from commplane.plugins import PluginHost
 from commplane.runtime import Communicator, Plane
 from commplane.testing import run_threads
-from commplane_flashinfer import capacity, plugin
+from commplane_flashinfer import capacity, plugin, preflight
 from commplane_flashinfer.backend import FlashInfer
 from commplane_flashinfer.boundary import Boundary
 from commplane_flashinfer.probe import missing_module
 from commplane_flashinfer.topology import Card
 
-__all__ = ["Machine", "flashinfer_of", "probe", "ranks_on"]
+__all__ = ["Alone", "DoubleBoundary", "Machine", "flashinfer_of", "probe", "ranks_on"]
 
 ABSENT: set[int] = set()
 """Global ranks on which flashinfer is not installed."""
+
+
+class Alone:
+    """The control plane of rank 0, where the others say what it says, and the last one in the round `fails` that it broke."""
+
+    rank = 0
+
+    def __init__(self, world_size: int = 2, fails: int = 0) -> None:
+        self.world_size, self.ranks = world_size, tuple(range(world_size))
+        self._fails = fails
+        self._rounds = 0
+
+    def all_gather(self, value: Any, *, what: str, timeout: float | None = None) -> list[Any]:
+        """What this rank says, and what the others do."""
+        self._rounds += 1
+        last = {**value, "problem": "it broke"} if self._rounds == self._fails else value
+        return [*[value] * (self.world_size - 1), last]
 
 
 class _Buffer:
@@ -93,9 +110,10 @@ class DoubleComm(Comm):
         handles = [[id(b)] for b in buffers]
         self.references[id(handles)] = buffers
         if self._rank in self._machine.breaks_late:
-            raise RuntimeError("the lamport buffer could not be set")
+            raise self._machine.breaks_with("the lamport buffer could not be set")
         comm_backend.barrier()
-        raw = _Raw(self._machine.group(token, world_size), rank, most, str(dtype) == "torch.float32")
+        major, _ = self._machine.card(self._rank).capability
+        raw = _Raw(self._machine.group(token, world_size, major), rank, most, str(dtype) == "torch.float32")
         raw.ipc_handles, raw.mem_handles, raw.metadata = handles, buffers, {"tp_rank": rank}
         raw._internal_workspace = (handles, buffers)
         return raw
@@ -104,6 +122,37 @@ class DoubleComm(Comm):
         """Take it out of the global."""
         self._machine.log.append((self._rank, "destroy"))
         del self.references[id(workspace)]
+
+
+class _Driver:
+    """``libcuda`` of one rank: what is asked of it counts with the buffers, and is there until it is released."""
+
+    def __init__(self, machine: Machine, rank: int) -> None:
+        self._machine = machine
+        self._rank = rank
+        self._given: list[int] = []
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return 0
+
+    def cuMemGetAllocationGranularity(self, out: Any, prop: Any, flag: int) -> int:  # noqa: N802
+        out._obj.value = capacity.GRANULARITY
+        return 0
+
+    def cuMemCreate(self, out: Any, size: Any, prop: Any, flags: Any) -> int:  # noqa: N802
+        if self._rank not in self._machine.preflight_misses:
+            try:
+                self._machine.give(self._rank, size.value)
+            except RuntimeError:
+                return 2
+            self._given.append(size.value)
+        out._obj.value = len(self._given)
+        return 0
+
+    def cuMemRelease(self, handle: Any) -> int:  # noqa: N802
+        if self._given:
+            self._machine.take_back(self._rank, self._given.pop())
+        return 0
 
 
 class DoubleBoundary(Boundary):
@@ -119,7 +168,7 @@ class DoubleBoundary(Boundary):
             raise ImportError("libcudart.so.13: cannot open shared object file")
 
     def card(self, device: str) -> Card:
-        return self._machine.cards.get(self._rank, Card(f"GPU-{self._rank}", "H200", (9, 0), False))
+        return self._machine.card(self._rank)
 
     def linked(self, uuid: str, others: Sequence[str]) -> list[str]:
         return [] if self._machine.no_nvlink else [o for o in others if o != uuid]
@@ -128,12 +177,16 @@ class DoubleBoundary(Boundary):
         return self._rank in self._machine.capturing
 
     def spare(self, device: str, sizes: Sequence[int]) -> str | None:
-        room = self._machine.limit.get(self._rank, 1 << 62) - self._machine.allocated(self._rank)
-        found = sum(-(-n // (2 << 20)) * (2 << 20) for n in sizes) > room and self._rank not in self._machine.preflight_misses
-        return f"wanted {sum(sizes)} bytes, it is out of memory after {room}" if found else None
+        return preflight.spare(0, sizes, _Driver(self._machine, self._rank))
 
-    def settle(self, device: str, seconds: float) -> bool:
-        return self._rank not in self._machine.stuck
+    def empty_cache(self) -> None:
+        self._machine.log.append((self._rank, "empty_cache"))
+        self._machine.cached.pop(self._rank, None)
+
+    def settle(self, device: str, seconds: float) -> str | None:
+        if self._rank in self._machine.stuck:
+            return f"wanted its kernels to end within {seconds:g} s, found them waiting for a lost rank"
+        return self._machine.faults.get(self._rank)
 
     def references(self) -> dict[int, list[Any]]:
         return self.comm.references  # type: ignore[no-any-return]
@@ -145,15 +198,21 @@ class Machine:
     Attributes:
         log: what was called, as (global rank, what, ...).
         limit: bytes of device memory by global rank.
+        cached: of these, what torch keeps for itself until it is told to give it back.
+        faults: why a device does not come to rest, by global rank.
         preflight_misses, breaks_late, unloadable, capturing, stuck: global ranks on which that is so.
+        breaks_with: what it breaks with.
         cards: other cards than H200, by global rank.
     """
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.limit: dict[int, int] = {}
+        self.cached: dict[int, int] = {}
+        self.faults: dict[int, str] = {}
         self.preflight_misses: set[int] = set()
         self.breaks_late: set[int] = set()
+        self.breaks_with: type[BaseException] = RuntimeError
         self.unloadable: set[int] = set()
         self.capturing: set[int] = set()
         self.stuck: set[int] = set()
@@ -169,15 +228,19 @@ class Machine:
         with self._lock:
             return self._comms.setdefault(rank, DoubleComm(self, rank))
 
-    def group(self, token: str, world_size: int) -> Group:
+    def card(self, rank: int) -> Card:
+        """The GPU of a rank."""
+        return self.cards.get(rank, Card(f"GPU-{rank}", "H200", (9, 0), False))
+
+    def group(self, token: str, world_size: int, major: int) -> Group:
         """Where the kernels of one workspace meet."""
         with self._lock:
-            return self._groups.setdefault(token, Group(world_size))
+            return self._groups.setdefault(token, Group(world_size, major))
 
     def give(self, rank: int, nbytes: int) -> None:
         """Allocate, or raise."""
         with self._lock:
-            if self.allocated(rank) + nbytes > self.limit.get(rank, 1 << 62):
+            if self.allocated(rank) + self.cached.get(rank, 0) + nbytes > self.limit.get(rank, 1 << 62):
                 raise RuntimeError("CUDA error: out of memory")
             self._buffers.setdefault(rank, []).append(nbytes)
 

@@ -126,6 +126,11 @@ class Comm:
         assert use_oneshot or tokens > workspace.world_size, "sequence length should be larger than tp_size"
         if hidden % (16 // input.itemsize):
             raise RuntimeError("params.hidden_dim % VEC_SIZE != 0")
+        threads = (
+            hidden * input.itemsize // 16
+        )  # of a row; of 128 and more no block has fewer, which is more than any group's ranks
+        if not use_oneshot and threads < workspace.world_size:
+            raise RuntimeError("not oneshot, or block_size < nranks")
         for name, tensor in named.items():
             _pointer(name, tensor)
             if tensor is not None and name != "quant_out" and tensor.dtype != input.dtype:

@@ -1,4 +1,4 @@
-"""What FlashInfer does not look at: each check, its text, and the order of streams."""
+"""What FlashInfer does not look at: each check and its text."""
 
 import inspect
 
@@ -6,7 +6,6 @@ import pytest
 
 from commplane.api import QuantFormat
 from commplane_flashinfer import checks, patterns
-from commplane_flashinfer.order import StreamOrder
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -22,21 +21,19 @@ pytestmark = pytest.mark.timeout(60)
         (checks.dtype("float64"), "wanted one of bfloat16, float16, float32, found float64: convert the tensor"),
         (checks.device("residual", "cuda:0", "cuda:0"), None),
         (checks.device("residual", "cuda:0", "cpu"), "wanted a residual on cuda:0, found one on cpu: move it"),
-        (checks.format_served(QuantFormat.FP8_GROUP, 9, 0, "float32"), None),
-        (checks.format_served(QuantFormat.NVFP4, 10, 3, "bfloat16"), None),
-        (checks.format_served(QuantFormat.NVFP4, 12, 0, "float16"), None),
+        (checks.format_served(QuantFormat.FP8_GROUP, 9, 0), None),
+        (checks.format_served(QuantFormat.NVFP4, 10, 3), None),
+        (checks.format_served(QuantFormat.NVFP4, 12, 0), None),
         (
-            checks.format_served(QuantFormat.NVFP4, 9, 0, "bfloat16"),
+            checks.format_served(QuantFormat.NVFP4, 9, 0),
             "wanted a GPU of compute capability 10.0 or more for nvfp4, found 9.0: choose an fp8 format",
         ),
+        (checks.two_shot(5, 32, 2, 4), None),
+        (checks.two_shot(5, 16, 4, 4), None),
+        (checks.two_shot(4, 32, 2, 4), "wanted more than 4 tokens for a two-shot of 4 ranks, found 4: use a one-shot"),
         (
-            checks.format_served(QuantFormat.NVFP4, 10, 0, "float32"),
-            "wanted a dtype of 16 bits for nvfp4, found float32: convert the tensor",
-        ),
-        (checks.two_shot(5, 4), None),
-        (
-            checks.two_shot(4, 4),
-            "wanted more than 4 tokens for a two-shot of 4 ranks, found 4: let it be a one-shot",
+            checks.two_shot(5, 24, 2, 4),
+            "wanted a hidden size of 32 or more for a two-shot of 4 ranks, found 24: use a one-shot",
         ),
         (checks.launchable(4096, 2), None),
         (checks.launchable(65536, 2), None),
@@ -125,14 +122,22 @@ def test_no_group_lies_across_two_blocks_of_a_row_that_passes(group: int) -> Non
 
 
 @pytest.mark.parametrize("world_size", checks.WORLD_SIZES)
-def test_a_sum_is_cut_into_rows_that_have_a_launch(world_size: int) -> None:
-    for count in [1, 7, 255, 256, 257, 4096, 4097, 12345, 1 << 20, (1 << 20) + 256]:
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_sum_is_cut_into_rows_that_have_a_launch(world_size: int, itemsize: int) -> None:
+    for count in [*range(1, 8300, 7), 255, 256, 257, 4096, 4097, 8184, 8192, 12345, 1 << 20, (1 << 20) + 256]:
         for one_shot in (True, False):
-            tokens, hidden, as_one = patterns.plan_shape(count, world_size, one_shot)
+            tokens, hidden, as_one = patterns.plan_shape(count, itemsize, world_size, one_shot)
             assert 0 <= tokens * hidden - count < 256
-            assert checks.launchable(hidden, 2) is None and checks.launchable(hidden, 4) is None
-            assert as_one or checks.two_shot(tokens, world_size) is None
+            assert checks.launchable(hidden, itemsize) is None
+            assert as_one or checks.two_shot(tokens, hidden, itemsize, world_size) is None
             assert as_one or not one_shot
+
+
+def test_a_short_sum_of_whole_vectors_is_not_padded() -> None:
+    for count, itemsize in ((1000, 4), (264, 2), (260, 4), (8184, 2), (4092, 4)):
+        assert patterns.plan_shape(count, itemsize, 2, True) == (1, count, True)
+    assert patterns.plan_shape(8200, 2, 2, True) == (33, 256, True)
+    assert patterns.plan_shape(8, 2, 2, True) == (1, 256, True)
 
 
 @pytest.mark.parametrize("world_size", checks.WORLD_SIZES)
@@ -142,63 +147,6 @@ def test_every_group_has_a_size_up_to_which_one_shot_runs(world_size: int, major
     assert patterns.one_shot_limit("auto", 100, world_size, major) == 100
     assert patterns.one_shot_limit("one_shot", 1 << 30, world_size, major) == 1 << 30
     assert patterns.one_shot_limit("two_shot", 1 << 30, world_size, major) == 0
-
-
-class Streams:
-    """Streams that remember what waited for what."""
-
-    def __init__(self) -> None:
-        self.in_capture: set[int] = set()
-        self.edges: list[tuple[int, int]] = []
-
-    def capturing(self, stream: int) -> bool:
-        return stream in self.in_capture
-
-    def after(self, stream: int, earlier: int) -> None:
-        self.edges.append((stream, earlier))
-
-
-def follow(order: StreamOrder, *streams: int) -> None:
-    for stream in streams:
-        if stream != order.fast:
-            order.follow(stream)
-
-
-def test_a_call_on_another_stream_waits_for_the_last_one() -> None:
-    streams = Streams()
-    order = StreamOrder(streams)
-    follow(order, 0, 0, 7, 7, 0)
-    assert streams.edges == [(7, 0), (0, 7)]
-
-
-def test_a_capture_does_not_wait_for_what_ran_before_it_and_what_follows_waits_for_the_last_eager_call() -> None:
-    streams = Streams()
-    order = StreamOrder(streams)
-    follow(order, 1)
-    streams.in_capture = {2}
-    follow(order, 2, 2)
-    assert streams.edges == []
-    streams.in_capture = set()
-    follow(order, 2)
-    assert streams.edges == [(2, 1)]
-
-
-def test_streams_of_one_capture_are_ordered_by_edges_of_the_graph() -> None:
-    streams = Streams()
-    order = StreamOrder(streams)
-    follow(order, 1)
-    streams.in_capture = {1, 2, 3}
-    follow(order, 2, 3, 3, 2)
-    assert streams.edges == [(3, 2), (2, 3)]  # not of the eager one, whose work is not in the graph
-
-
-def test_an_eager_call_beside_a_capture_is_not_drawn_into_it() -> None:
-    streams = Streams()
-    order = StreamOrder(streams)
-    follow(order, 1)
-    streams.in_capture = {1}
-    follow(order, 5)
-    assert streams.edges == []
 
 
 def test_patterns_and_arguments_are_those_of_the_installed_flashinfer() -> None:

@@ -67,7 +67,7 @@ def lost(store: Any, rank: int, world_size: int) -> Any:
         comm = plane.communicator("tp")
         machine = Machine()
         context = BuildContext("flashinfer", comm.key, rank, "cpu", comm._bootstrap, plane.facts, Deadline(20), 5.0, options={})
-        workspaces = Workspaces(context, DoubleBoundary(machine, rank))
+        workspaces = Workspaces(context, DoubleBoundary(machine, rank), (9, 0), 1 << 30)
         workspaces.take(False, workspaces.build(False, 4096))
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from flashinfer_double import Machine, ranks_on
 
-from commplane.api import Collective, Quantization, quantize
+from commplane.api import Quantization, quantize
 from commplane.runtime import Plane
-from commplane_flashinfer import backend as module
 from commplane_flashinfer.backend import FlashInfer
 from commplane_flashinfer.topology import Card
 
@@ -40,20 +39,18 @@ def test_on_an_older_gpu_the_plan_composes_nvfp4_of_the_fused_norm_on_all_ranks(
     assert said[0][1]
 
 
-def test_of_float32_only_nvfp4_is_made_of_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    norm, total = torch.randn(2, 64), torch.randn(2, 64)
+def test_on_a_newer_gpu_nvfp4_is_one_kernel_on_all_ranks() -> None:
+    machine = Machine()
+    machine.cards = {r: Card(f"GPU-{r}", "B200", (10, 0), False) for r in range(2)}
 
-    def bind(held: Any, context: Any, collective: Collective, *rest: Any, in_place: bool) -> Any:
-        whole = collective is Collective.ALL_REDUCE_RMS_NORM_QUANT
-        return (lambda *args: "in one kernel") if whole else (lambda *args: (norm, total))
+    def rank(plane: Plane) -> Any:
+        x = torch.ones(4, 256, dtype=torch.bfloat16)
+        how = Quantization("nvfp4", torch.tensor([16.0]))
+        with plane.communicator("tp") as comm:
+            machine.comm(plane.rank).calls.clear()
+            found, norm, _ = comm.all_reduce_rms_norm_quant(x, x, x[0].clone(), how, keep_norm=True)
+            assert norm is not None
+            patterns = [call["pattern"] for call in machine.comm(plane.rank).calls]
+            return patterns, torch.equal(found.values, quantize(norm, how).values)
 
-    monkeypatch.setattr(module.calls, "bind", bind)
-    backend: Any = FlashInfer()
-    backend._workspaces, backend._context = object(), None
-    call = backend.bind(Collective.ALL_REDUCE_RMS_NORM_QUANT, None, torch.float32, in_place=False)
-    how = Quantization("nvfp4", torch.tensor([16.0]))
-    got, kept, new = call(norm, total, norm[0], 1e-6, 0.0, how, True)
-    assert torch.equal(got.values, quantize(norm, how).values)
-    assert kept is norm and new is total
-    assert call(norm, total, norm[0], 1e-6, 0.0, how, False)[1] is None
-    assert call(norm, total, norm[0], 1e-6, 0.0, Quantization("fp8_token"), True) == "in one kernel"
+    assert ranks_on(machine, 2, rank) == [([5], True)] * 2

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import threading
 import weakref
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from flashinfer_double import Alone
 
+from commplane.errors import CommunicatorError, UnsupportedOperation
 from commplane_flashinfer import capacity
 from commplane_flashinfer.boundary import Boundary
 from commplane_flashinfer.exchange import Exchange
 from commplane_flashinfer.preflight import AllocationProp, spare
+from commplane_flashinfer.workspace import Workspaces
 
 pytestmark = pytest.mark.timeout(60)
 
 
-class Driver:
-    """``libcuda`` with `room` bytes; keeps what was asked and what is allocated."""
+@pytest.fixture(autouse=True)
+def _without_collector() -> Iterator[None]:
+    """Memory has to go when the last reference does: on a device nobody waits for Python to look for cycles."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
-    def __init__(self, room: int, init: int = 0, granularity: int = 2 << 20) -> None:
-        self.room, self.init, self.unit = room, init, granularity
+
+class Driver:
+    """``libcuda`` with `room` bytes; keeps what was asked and what is allocated. It may answer with errors of its own."""
+
+    def __init__(self, room: int, init: int = 0, granularity: int = 0, create: int = 0) -> None:
+        self.room, self.init, self.granularity, self.create, self.unit = room, init, granularity, create, 2 << 20
         self.held: dict[int, int] = {}
         self.asked: list[int] = []
         self.props: list[tuple[int, int, int, int, int]] = []
@@ -33,9 +48,11 @@ class Driver:
 
     def cuMemGetAllocationGranularity(self, out: Any, prop: Any, flag: int) -> int:  # noqa: N802
         out._obj.value = self.unit
-        return 0
+        return self.granularity
 
     def cuMemCreate(self, out: Any, size: Any, prop: Any, flags: Any) -> int:  # noqa: N802
+        if self.create:
+            return self.create
         if sum(self.held.values()) + size.value > self.room:
             return 2
         p = prop._obj
@@ -68,8 +85,20 @@ def test_what_does_not_fit_is_said_with_sizes_and_given_back() -> None:
     assert driver.held == {}
 
 
-def test_a_driver_that_does_not_start_is_said() -> None:
-    assert "cuInit answered error 100" in (spare(0, (1,), Driver(0, init=100)) or "")
+@pytest.mark.parametrize(
+    ("errors", "text"),
+    [
+        ({"init": 100}, "wanted memory of GPU 3, cuInit answered error 100: look at nvidia-smi"),
+        ({"granularity": 801}, "wanted shareable memory of GPU 3, the driver answered error 801 for its granularity"),
+        (
+            {"create": 801},
+            "wanted 2097152 bytes of shareable memory on GPU 3, it answered error 801 after 0: give it room, or lower "
+            "max_tokens or max_bytes",
+        ),
+    ],
+)
+def test_an_error_of_the_driver_is_said_with_its_number(errors: dict[str, int], text: str) -> None:
+    assert spare(3, (1,), Driver(1 << 30, **errors)) == text
 
 
 def test_the_structure_is_laid_out_as_the_drivers_is() -> None:
@@ -91,16 +120,6 @@ def test_it_is_laid_out_as_nvidias_own_binding_has_it() -> None:
     assert (same.type, same.handle_types, same.location.type, same.location.id, same.flags.gpu_direct_rdma) == (1, 1, 1, 5, 1)
 
 
-class Alone:
-    """The control plane of a group of two whose other rank says what this one does."""
-
-    rank, world_size, ranks = 0, 2, (0, 1)
-
-    def all_gather(self, value: Any, *, what: str, timeout: float | None = None) -> list[Any]:
-        """Twice the same."""
-        return [value, value]
-
-
 @pytest.fixture
 def real(monkeypatch: pytest.MonkeyPatch) -> Any:
     """FlashInfer's own module with CUDA calls replaced: the sizes that are allocated, and the pointers that were freed."""
@@ -112,6 +131,7 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Any:
     class State:
         module = trtllm_ar
         allocated: ClassVar[list[int]] = []
+        made = 0
         freed: ClassVar[list[int]] = []
         breaks = False
 
@@ -119,9 +139,10 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Any:
         def __init__(self, buf_size: int, group_size: int, comm_backend_for_handle_transfer: Any, **rest: Any) -> None:
             assert rest["enable_multicast"] is False
             self.comm_backend = comm_backend_for_handle_transfer
-            self.ptrs = list(self.comm_backend.allgather(4096))
             State.allocated.append(buf_size)
+            State.made += 1
             weakref.finalize(self, State.allocated.remove, buf_size)
+            self.ptrs = list(self.comm_backend.allgather(4096))  # as it does, once its own part is there
 
         def get_buffer_ptrs_host(self) -> list[int]:
             return self.ptrs
@@ -171,7 +192,7 @@ def test_the_real_workspace_asks_for_what_the_formula_says_and_free_leaves_nothi
     assert tuple(real.allocated) == capacity.requests(2, 8 * 4096, 2)
     assert len(boundary.references()) == 1
     boundary.free(raw)
-    gc.collect()
+    del raw
     assert (real.allocated, boundary.references(), real.freed) == ([], {}, [64])
 
 
@@ -189,13 +210,84 @@ def test_a_real_creation_that_fails_half_way_leaves_nothing_after_free_partial(r
     boundary, exchange, other = Boundary(), Exchange(Alone(), "one"), Exchange(Alone(), "other")  # type: ignore[arg-type]
     kept = create(other)
     real.breaks = True
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
         create(exchange)
-    gc.collect()
     assert len(boundary.references()) == 2
-    boundary.free_partial(exchange)
-    gc.collect()
+    boundary.free_partial(exchange, caught.value)
+    del caught
     assert len(boundary.references()) == 1, "that of another communicator stays"
     assert len(real.allocated) == 3
     boundary.free(kept)
     assert real.allocated == []
+
+
+def build(boundary: Boundary, made_by: Callable[[Any], Any], fails: int) -> None:
+    """A build whose creation is `made_by`, in whose round `fails` the other rank says that it broke."""
+    context: Any = SimpleNamespace(
+        bootstrap=Alone(fails=2 + fails),  # after the look for captures and the preflight
+        world_size=2,
+        rank=0,
+        ranks=(0, 1),
+        key=SimpleNamespace(purpose="tp"),
+        backend="flashinfer",
+        who="[tp rank 0/2 flashinfer]",
+        device="cpu",
+    )
+    asked: Any = SimpleNamespace(
+        comm=SimpleNamespace(create_allreduce_fusion_workspace=lambda comm_backend, **rest: made_by(comm_backend)),
+        capturing=lambda: False,
+        spare=lambda device, sizes: None,
+        free=boundary.free,
+        free_partial=boundary.free_partial,
+    )
+    Workspaces(context, asked, (9, 0), 1 << 30).build(False, 8 * 4096)
+
+
+# Three buffers, each with the names of sockets exchanged, and a barrier: the rounds of FlashInfer's creation.
+@pytest.mark.parametrize("fails", [1, 2, 3, 4], ids=["first buffer", "second buffer", "third buffer", "barrier"])
+def test_where_the_other_rank_fails_this_one_keeps_nothing_of_a_real_creation_and_says_why(real: Any, fails: int) -> None:
+    boundary = Boundary()
+    with pytest.raises(CommunicatorError) as caught:
+        build(boundary, create, fails)
+    assert str(caught.value) == (
+        f"[tp flashinfer] workspace of flashinfer for 32768 elements of 16 bits ({6 << 20} bytes a rank) failed and is undone on "
+        f"all ranks: rank 1: it broke"
+    )
+    assert real.made == min(fails, 3)
+    # Also while the error is still there, as it is where a communicator keeps it.
+    assert (real.allocated, boundary.references(), real.freed) == ([], {}, [64] if fails == 4 else [])
+
+
+def test_where_the_other_rank_fails_the_descriptor_that_was_for_it_is_closed(real: Any) -> None:
+    from flashinfer.comm.fd_exchange import exchange_fds
+
+    # What cuMemExportToShareableHandle gives is FlashInfer's own, and it leaves it open where its exchange raises.
+    mine = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(CommunicatorError, match="it broke"):
+        build(Boundary(), lambda exchange: exchange_fds(exchange, mine), 1)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(mine)
+
+
+def test_settle_says_why_a_device_does_not_come_to_rest(real: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    boundary, let_go = Boundary(), threading.Event()
+    assert boundary.settle("cuda:1", 5.0) is None
+
+    def broken(device: Any) -> None:
+        raise RuntimeError("CUDA error: misaligned address\nCUDA kernel errors might be reported elsewhere")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert boundary.settle("cuda:1", 5.0) == (
+        "wanted cuda:1 to come to rest, found a fault of an earlier call (CUDA error: misaligned address CUDA kernel errors "
+        "might be reported elsewhere)"
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: let_go.wait(20))
+    said = boundary.settle("cuda:1", 0.05)
+    let_go.set()
+    assert said == "wanted its kernels to end within 0.05 s, found them waiting for a lost rank"
+
+
+def test_a_split_of_the_group_is_refused() -> None:
+    with pytest.raises(UnsupportedOperation) as caught:
+        Exchange(Alone(), "opening").Split(0, 0)  # type: ignore[arg-type]
+    assert str(caught.value) == "opening wanted to split the group, which only multicast kernels need: use trtllm's"

@@ -44,9 +44,3 @@ def test_a_card_that_will_not_do_is_named_even_where_the_topology_is_forced(chan
     reason = refusal(cards, ALL, (4, 5, 6, 7), True)
     assert reason is not None
     assert reason.startswith(text)
-
-
-def test_a_card_travels_as_json() -> None:
-    import json
-
-    assert Card.from_json(json.loads(json.dumps(H200[0].to_json()))) == H200[0]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -62,3 +65,9 @@ def test_a_package_that_is_not_there_hides_no_error() -> None:
         return name
 
     assert "cuda-bindings" in (missing_module(find) or "")
+
+
+def test_a_stand_in_for_a_module_is_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", ModuleType("pynvml"))  # as some put one there; it has no spec
+    reason = missing_module(lambda name: importlib.util.find_spec(name) if name == "pynvml" else name)
+    assert reason == "wanted the module pynvml, found none: pip install nvidia-ml-py"

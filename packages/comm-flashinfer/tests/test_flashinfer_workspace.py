@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from flashinfer_double import ABSENT, Machine, plan_of, ranks_on
+from flashinfer_double import ABSENT, Alone, DoubleBoundary, Machine, plan_of, ranks_on
 
-from commplane.errors import CommunicatorError, WorkspaceTooSmall
+from commplane.api import ReduceOp
+from commplane.errors import CommunicatorError, UnsupportedOperation, WorkspaceTooSmall
 from commplane.runtime import Plane
+from commplane_flashinfer.backend import FlashInfer
+from commplane_flashinfer.exchange import Exchange
+from commplane_flashinfer.workspace import Workspaces
 
 pytestmark = pytest.mark.timeout(60)
 
 LEAN = {"max_bytes": 1 << 16, "open_bytes": 8192, "float32_max_bytes": 4096}
 
 
-def left(machine: Machine) -> int:
-    """Buffers that are still allocated, once what nobody refers to is gone."""
+@pytest.fixture(autouse=True)
+def _without_collector() -> Iterator[None]:
+    """Memory has to go when the last reference does: on a device nobody waits for Python to look for cycles."""
     gc.collect()
-    return machine.buffers()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def ones(plane: Plane, nbytes: int = 4096, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -38,7 +47,7 @@ def test_what_the_settings_declare_is_built_at_open_and_all_of_it_freed_at_close
             return plan_of(comm)["flashinfer"], comm.all_reduce(ones(plane)).unique().tolist(), during
 
     assert ranks_on(machine, 2, rank) == [("ready", [3.0], 2 * 3 * (2 << 20))] * 2
-    assert left(machine) == 0
+    assert machine.buffers() == 0
     assert machine.count("create") == machine.count("destroy") == 2
     assert not machine.comm(0).references
 
@@ -69,7 +78,7 @@ def test_one_rank_out_of_memory_leaves_the_backend_out_on_all_and_nothing_alloca
 
     def rank(plane: Plane) -> Any:
         with plane.communicator("tp") as comm:
-            return plan_of(comm)["flashinfer"], left(machine), comm.all_reduce(ones(plane)).unique().tolist()
+            return plan_of(comm)["flashinfer"], machine.allocated(plane.rank), comm.all_reduce(ones(plane)).unique().tolist()
 
     said = ranks_on(machine, 2, rank)
     assert said[0] == said[1], said
@@ -90,7 +99,7 @@ def test_a_creation_that_fails_after_its_memory_is_registered_leaves_nothing_in_
 
     said = ranks_on(machine, 2, rank)
     assert "rank 0: RuntimeError: the lamport buffer could not be set" in said[0]
-    assert left(machine) == 0
+    assert machine.buffers() == 0
     assert not machine.comm(0).references
 
 
@@ -128,7 +137,7 @@ def test_prepare_grows_beside_what_is_there_and_the_old_one_goes() -> None:
     assert ranks_on(machine, 2, rank) == [None, None]
     machine.log.clear()
     assert ranks_on(machine, 2, grown) == [(1, 1, [3.0])] * 2
-    assert left(machine) == 0
+    assert machine.buffers() == 0
 
 
 def test_a_growth_that_one_rank_cannot_give_is_undone_on_all_cached_and_never_tried_again() -> None:
@@ -148,8 +157,6 @@ def test_a_growth_that_one_rank_cannot_give_is_undone_on_all_cached_and_never_tr
                     errors.append(str(error))
                 comm.barrier()
             tried = machine.count("create", plane.rank)
-            gc.collect()
-            comm.barrier()
             after = machine.allocated(plane.rank)
             works = comm.all_reduce(ones(plane)).unique().tolist()
             comm.barrier()
@@ -166,7 +173,67 @@ def test_a_growth_that_one_rank_cannot_give_is_undone_on_all_cached_and_never_tr
         assert "rank 1: RuntimeError: CUDA error: out of memory" in errors[1]
         assert "it failed before and is not tried again" in errors[1]
         assert (tried, as_before, works, larger) == (3, True, [3.0], [3.0])
-    assert left(machine) == 0
+    assert machine.buffers() == 0
+
+
+def test_an_interrupt_in_a_creation_leaves_nothing_in_the_global() -> None:
+    machine = Machine()
+    machine.breaks_late, machine.breaks_with = {0}, KeyboardInterrupt
+    comm, exchange = machine.comm(0), Exchange(Alone(1), "workspace")  # type: ignore[arg-type]
+    context: Any = SimpleNamespace(world_size=1, rank=0, device="cpu")
+    workspaces = Workspaces(context, DoubleBoundary(machine, 0), (9, 0), 1 << 30)
+    with pytest.raises(KeyboardInterrupt):
+        workspaces._create(exchange, False, 4096)
+    assert not comm.references
+
+
+def test_what_torch_only_keeps_is_given_back_where_the_preflight_fails_and_nowhere_else() -> None:
+    machine = Machine()
+    machine.limit, machine.cached = {0: 1 << 30, 1: 13 << 20}, {0: 4 << 20, 1: 4 << 20}
+
+    def rank(plane: Plane) -> Any:
+        with plane.communicator("tp") as comm:
+            return plan_of(comm)["flashinfer"]
+
+    assert ranks_on(machine, 2, rank) == ["ready"] * 2
+    assert (machine.count("empty_cache", 0), machine.count("empty_cache", 1)) == (0, 1)
+    assert machine.cached == {0: 4 << 20}
+
+
+@pytest.mark.parametrize(("short", "state"), [(0, "ready"), (1, "out of memory")])
+def test_the_preflight_and_the_creation_ask_for_the_same_to_the_byte(short: int, state: str) -> None:
+    machine = Machine()
+    options = {"max_bytes": 1 << 20, "float32_max_bytes": 4096}  # 2 MiB of two-shot, and FlashInfer's pad makes it two units
+    machine.limit = dict.fromkeys(range(2), (4 + 2 + 8 << 20) + (6 << 20) - short)
+
+    def rank(plane: Plane) -> Any:
+        with plane.communicator("tp", options={"flashinfer": options}) as comm:
+            return plan_of(comm)["flashinfer"]
+
+    for said in ranks_on(machine, 2, rank):
+        assert state in said
+    # The 16-bit workspace fits in both cases; that for float32 is not even begun where it would be one byte too many.
+    assert machine.count("create") == (1 if short else 2)
+    assert machine.buffers() == 0
+
+
+def test_a_fault_of_an_earlier_call_keeps_what_a_growth_replaces_until_close() -> None:
+    machine = Machine()
+
+    def rank(plane: Plane) -> Any:
+        with plane.communicator("tp", options={"flashinfer": LEAN}) as comm:
+            comm.barrier()
+            machine.faults = {0: "wanted cuda:0 to come to rest, found a fault of an earlier call (misaligned address)"}
+            comm.barrier()
+            comm.prepare("all_reduce", dtype=torch.bfloat16, max_bytes=1 << 16)
+            held = machine.allocated(plane.rank)
+            comm.barrier()
+            machine.faults = {}
+            comm.barrier()
+            return held, comm.all_reduce(ones(plane, 1 << 16)).unique().tolist()
+
+    assert ranks_on(machine, 2, rank) == [(9 * (2 << 20), [3.0]), (6 * (2 << 20), [3.0])]
+    assert machine.buffers() == 0
 
 
 def test_two_communicators_over_the_same_ranks_share_nothing() -> None:
@@ -178,7 +245,7 @@ def test_two_communicators_over_the_same_ranks_share_nothing() -> None:
             return made, one.all_reduce(ones(plane)).unique().tolist(), other.all_reduce(ones(plane)).unique().tolist()
 
     assert ranks_on(machine, 2, rank) == [(4, [3.0], [3.0])] * 2
-    assert left(machine) == 0
+    assert machine.buffers() == 0
 
 
 def test_close_with_a_kernel_that_waits_for_a_lost_rank_does_not_hang_and_frees_nothing_under_it() -> None:
@@ -214,6 +281,34 @@ def test_cards_that_differ_or_have_no_nvlink_are_refused_on_all_alike() -> None:
     assert said[0] == said[1], said
     assert "wanted NVLink between all GPUs, found none between ranks 0 and 1" in said[0][0]
     assert said[0][1] == "ready"
+
+
+def test_a_rank_that_cannot_tell_about_nvlink_leaves_the_backend_out_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linked(self: DoubleBoundary, uuid: str, others: Any) -> list[str]:
+        if uuid == "GPU-1":
+            raise OSError("NVML Shared Library Not Found")
+        return list(others)
+
+    monkeypatch.setattr(DoubleBoundary, "linked", linked)
+
+    def rank(plane: Plane) -> Any:
+        with plane.communicator("tp") as comm:
+            return plan_of(comm)["flashinfer"]
+
+    said = ranks_on(Machine(), 2, rank)
+    assert said[0] == said[1], said
+    assert (
+        "opening failed and is undone on all ranks: rank 1: cannot tell whether there is NVLink between the GPUs: "
+        "OSError: NVML Shared Library Not Found; set flashinfer.any_topology=true to run"
+    ) in said[0]
+
+
+def test_a_backend_that_is_closed_says_so() -> None:
+    backend = FlashInfer()
+    backend.close()
+    with pytest.raises(UnsupportedOperation) as caught:
+        backend.all_reduce(torch.zeros(8), ReduceOp.SUM)
+    assert str(caught.value) == "FlashInfer wanted to be open, found closed: create the communicator again"
 
 
 def test_of_a_process_that_was_killed_no_file_stays() -> None:

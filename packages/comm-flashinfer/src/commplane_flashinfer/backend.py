@@ -17,10 +17,9 @@ from commplane.api import (
     Requirement,
     SizeRange,
     Workspace,
-    quantize,
 )
 from commplane.errors import CommplaneError, UnsupportedOperation
-from commplane_flashinfer import calls, capacity, topology
+from commplane_flashinfer import calls, capacity, checks, topology
 from commplane_flashinfer.boundary import Boundary
 from commplane_flashinfer.exchange import Exchange
 from commplane_flashinfer.settings import Settings
@@ -56,15 +55,14 @@ class FlashInfer(CommBackend):
         self._settings = Settings.of(context.options, context.world_size, context.who)
         exchange = Exchange(context.bootstrap, f"[{context.key.purpose} {context.backend}] opening")
         boundary, card, problem = self._arrive(context)
-        exchange.agree(problem)
+        cards = exchange.agree(problem, card)
         assert boundary is not None and card is not None
-        cards = [Card.from_json(said) for said in exchange.allgather(card.to_json())]
         linked, problem = self._links(boundary, card, cards)
-        exchange.agree(problem)
+        links = exchange.agree(problem, linked)
         # From what all have gathered: every rank finds the same, and leaves with it.
-        exchange.agree(topology.refusal(cards, exchange.allgather(linked), context.ranks, self._settings.any_topology))
+        exchange.agree(topology.refusal(cards, links, context.ranks, self._settings.any_topology))
         self._card = card
-        self._workspaces = Workspaces(context, boundary)
+        self._workspaces = Workspaces(context, boundary, card.capability, context.options["max_workspace_bytes"])
         for single, elements in enumerate(self._settings.at_open):
             self._workspaces.take(bool(single), self._workspaces.build(bool(single), elements))
 
@@ -128,12 +126,16 @@ class FlashInfer(CommBackend):
         return [SizeRange(0, self._settings.most[single] * itemsize(single) + 1)]
 
     def formats(self) -> Collection[str]:
-        """nvfp4 wants compute capability 10 or more: below, its kernels write zeros and no scales. Local."""
-        return [str(f) for f in QuantFormat if f is not QuantFormat.NVFP4 or self._card.capability[0] >= 10]
+        """Those that the GPUs have kernels for. Local."""
+        return [str(f) for f in QuantFormat if checks.format_served(f, *self._card.capability) is None]
+
+    def capture_begin(self) -> None:
+        """From here on the workspaces see every call. Local."""
+        self._open().capture(True)
 
     def capture_end(self, bootstrap: Bootstrap) -> None:
-        """Nothing to exchange: kernels on memory that is mapped already. What the graphs point to is kept from now on."""
-        self._open().in_graphs = True
+        """Nothing to exchange: the kernels are on memory that is mapped already, and what was called on in the capture stays."""
+        self._open().capture(False)
 
     # Calls.
 
@@ -141,18 +143,7 @@ class FlashInfer(CommBackend):
         self, collective: Collective, op: ReduceOp | None, dtype: torch.dtype | None, *, in_place: bool
     ) -> Callable[..., Any]:
         """A closure over the workspace of `dtype` (`commplane_flashinfer.calls`)."""
-        call: Callable[..., Any] = calls.bind(self._open(), self._context, collective, op, dtype, in_place=in_place)
-        if collective is not Collective.ALL_REDUCE_RMS_NORM_QUANT or str(dtype) != "torch.float32":
-            return call
-        norm_call = self.bind(Collective.ALL_REDUCE_RMS_NORM, None, dtype, in_place=False)
-
-        def quantised(tensor: Any, residual: Any, weight: Any, eps: float, bias: float, how: Quantization, keep: bool) -> Any:
-            if how.format is not QuantFormat.NVFP4:
-                return call(tensor, residual, weight, eps, bias, how, keep)
-            norm, total = norm_call(tensor, residual, weight, eps, bias)  # the kernels have nvfp4 of 16-bit types alone
-            return quantize(norm, how), norm if keep else None, total
-
-        return quantised
+        return calls.bind(self._open(), self._context, collective, op, dtype, in_place=in_place)
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """Sum in place; any shape and layout."""

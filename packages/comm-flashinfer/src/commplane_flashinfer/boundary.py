@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import threading
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from commplane.errors import CommunicatorError
 from commplane_flashinfer import preflight, topology
 from commplane_flashinfer.exchange import Exchange
 from commplane_flashinfer.topology import Card
@@ -64,8 +66,14 @@ class Boundary:
         ordinal = torch.device(device).index or 0
         return preflight.spare(ordinal, sizes)
 
-    def settle(self, device: str, seconds: float) -> bool:
-        """Wait for all that runs on `device`; whether it ended in time. A kernel may wait for a lost rank for ever."""
+    def empty_cache(self) -> None:
+        """Give back to the driver what torch keeps of freed tensors."""
+        import torch
+
+        torch.cuda.empty_cache()
+
+    def settle(self, device: str, seconds: float) -> str | None:
+        """Wait for all that runs on `device`, which may wait for a lost rank for ever. Why it is not at rest, or None."""
         import torch
 
         problems: list[Exception] = []
@@ -73,15 +81,17 @@ class Boundary:
         def wait() -> None:
             try:
                 torch.cuda.synchronize(torch.device(device))
-            except Exception as error:  # raised where it is waited for
+            except Exception as error:  # said where it is waited for
                 problems.append(error)
 
         thread = threading.Thread(target=wait, name="commplane-flashinfer settle", daemon=True)
         thread.start()
         thread.join(seconds)
         if problems:
-            raise CommunicatorError(f"wanted {device} to come to rest, found a fault of an earlier call: {problems[0]}")
-        return not thread.is_alive()
+            return f"wanted {device} to come to rest, found a fault of an earlier call ({' '.join(str(problems[0]).split())})"
+        if thread.is_alive():
+            return f"wanted its kernels to end within {seconds:g} s, found them waiting for a lost rank"
+        return None
 
     def free(self, raw: Any) -> None:
         """Free a workspace. FlashInfer's ``destroy`` alone leaves its memory in a global of a module, and a control block."""
@@ -95,8 +105,16 @@ class Boundary:
 
             cudart.cudaFree(ctypes.c_void_p(control))
 
-    def free_partial(self, exchange: Exchange) -> None:
-        """Free what a creation through `exchange` that failed has left in FlashInfer's global: it returned nothing to destroy."""
+    def free_partial(self, exchange: Exchange, error: BaseException) -> None:
+        """Free what a creation through `exchange` has left that raised `error`: it returned nothing to destroy.
+
+        What goes with its frames is not all: there is FlashInfer's global, and the descriptor of the buffer that it was handing
+        to the peers, which nobody closes then. The driver does not free memory that a descriptor stands for.
+        """
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_name == "exchange_fds" and frame.f_globals.get("__name__") == "flashinfer.comm.fd_exchange":
+                with contextlib.suppress(OSError):  # closed after all
+                    os.close(frame.f_locals["local_fd"])
         refs = self.references()
         for key in [k for k, handles in refs.items() if any(getattr(h, "comm_backend", None) is exchange for h in handles)]:
             del refs[key]

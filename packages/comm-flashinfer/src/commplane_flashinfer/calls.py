@@ -1,14 +1,14 @@
 """The data plane: closures over one workspace, one for each (collective, dtype). What a shape needs is decided once.
 
 Each is collective, queues its work on the current stream of the tensor's device and returns. Tensors of any layout are taken;
-one that the kernels cannot read as it is goes through a copy. A hidden size that they have no launch for is summed by them, and
-core's reference does the rest. Nothing here knows whether the peers come: the kernels wait on the device, without a deadline.
+one that the kernels cannot read as it is goes through a copy. Of a row that they have no launch for they make the sum, of a
+format that they do not write the norm, and core's reference does the rest. Nothing here knows whether the peers come: the kernels
+wait on the device, without a deadline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,19 +16,17 @@ import torch
 from torch import Tensor
 
 from commplane.api import Collective, QuantFormat, Quantization, Quantized, ReduceOp, add_rms_norm, quantize, refuse_overlap
-from commplane.errors import CommunicatorError, UnsupportedOperation, WorkspaceTooSmall
+from commplane.errors import UnsupportedOperation, WorkspaceTooSmall
 from commplane_flashinfer import checks
-from commplane_flashinfer.order import CudaStreams, StreamOrder
+from commplane_flashinfer.order import StreamOrder
 from commplane_flashinfer.outputs import outputs
-from commplane_flashinfer.patterns import ALL_REDUCE, NORM, QUANTISED, SWIZZLED_128X4, one_shot_limit, plan_shape
+from commplane_flashinfer.patterns import ALL_REDUCE, NORM, QUANTISED, SWIZZLED_128X4, one_shot_limit
+from commplane_flashinfer.plans import Planner, Plans
 
 if TYPE_CHECKING:
     from commplane.api import BuildContext
 
 __all__ = ["Built", "Workspaces", "bind"]
-
-# Shapes remembered by one closure; a server has a few hundred, and of prompts of any length the oldest do not come again.
-_MOST_PLANS = 4096
 
 
 class Built(Protocol):
@@ -42,8 +40,8 @@ class Built(Protocol):
     def max_elements(self) -> int:
         """Tokens x hidden that fit."""
 
-    order: Any
-    """None, or the order of streams that the calls on it keep to."""
+    in_graphs: bool
+    """Whether a graph may replay on it: set by calls."""
 
 
 class Workspaces(Protocol):
@@ -53,33 +51,16 @@ class Workspaces(Protocol):
     def comm(self) -> Any:
         """The module `flashinfer.comm`."""
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability of the GPUs, one for all ranks."""
+
+    @property
+    def order(self) -> StreamOrder:
+        """The order of streams that all calls keep to."""
+
     def get(self, dtype: torch.dtype) -> Built | None:
         """The workspace that serves a dtype."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What one shape needs.
-
-    Attributes:
-        tokens: as the kernels see it; 0 where there is nothing to launch.
-        hidden: the same.
-        one_shot: which algorithm.
-        reshaped: whether a tensor has to be viewed as tokens x hidden, which costs as much as all else here.
-        padded: whether it is larger than the message.
-        fused: whether there is a launch for a row.
-    """
-
-    tokens: int
-    hidden: int
-    one_shot: bool
-    reshaped: bool = True
-    padded: bool = False
-    fused: bool = True
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """A dense tensor as tokens x hidden."""
-        return tensor.view(self.tokens, self.hidden) if self.reshaped else tensor
 
 
 class _Target:
@@ -90,16 +71,14 @@ class _Target:
         self.who = f"{context.who} {collective}"
         self.device = torch.device(context.device)
         on_gpu = self.device.type == "cuda"
-        self.capability = _capability(self.device)
-        self.dtype, self.world_size, self.most = dtype, context.world_size, built.max_elements
-        whole = self.most * dtype.itemsize
-        self.limit = one_shot_limit(options.get("algorithm", "auto"), whole, self.world_size, self.capability[0])
-        if built.order is None:  # one for all that is bound to it
-            built.order = StreamOrder(CudaStreams(self.device))
-        self.order: StreamOrder = built.order
+        self.dtype, self.capability = dtype, held.capability
+        whole = built.max_elements * dtype.itemsize
+        limit = one_shot_limit(options.get("algorithm", "auto"), whole, context.world_size, held.capability[0])
+        self.planner = Planner(self.who, context.world_size, dtype.itemsize, built.max_elements, limit)
+        self.order, self.built = held.order, built
         # As tensors say it, and torch's shortcut to the current stream where it has one: 0.1 us, not 1.
         self.index = self.device.index if on_gpu else -1
-        self.stream = _current_stream() if on_gpu else (lambda index: -1)
+        self.stream = _current_stream() if on_gpu else (lambda index: 0)
         self.run = partial(
             held.comm.allreduce_fusion,
             workspace=built.raw,
@@ -108,19 +87,11 @@ class _Target:
             fp32_acc=True,
         )
 
-    def error(self, reason: str, larger_helps: bool = False) -> CommunicatorError:
-        return (WorkspaceTooSmall if larger_helps else UnsupportedOperation)(f"{self.who} {reason}")
-
-    def check_room(self, tokens: int, hidden: int) -> None:
-        found = checks.capacity(tokens, hidden, self.dtype.itemsize, self.world_size, self.most)
-        if found is not None:
-            raise self.error(found[1], larger_helps=found[0])
-
     def enter(self) -> None:
         """Order the current stream behind the last call's."""
         stream = self.stream(self.index)
-        if stream != self.order.fast:
-            self.order.follow(stream)
+        if stream != self.order.fast and self.order.follow(stream):
+            self.built.in_graphs = True
 
     def dense(self, tensor: Tensor, name: str = "tensor") -> Tensor:
         """It, where the kernels can read its memory in steps of 16 bytes, or a copy."""
@@ -128,23 +99,14 @@ class _Target:
             return tensor
         reason = checks.device(name, self.device, tensor.device)
         if reason is not None:
-            raise self.error(reason)
+            raise UnsupportedOperation(f"{self.who} {reason}")
         return tensor.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
 
     # -- the sum
 
-    def plan_sum(self, shape: torch.Size) -> _Plan:
-        """For a sum. Raises where it does not fit."""
-        count = shape.numel()
-        if not count:
-            return _Plan(0, 0, True)
-        tokens, hidden, one_shot = plan_shape(count, self.world_size, count * self.dtype.itemsize <= self.limit)
-        self.check_room(tokens, hidden)
-        return _Plan(tokens, hidden, one_shot, shape != (tokens, hidden), padded=tokens * hidden != count)
-
     def sum_into(self) -> Callable[[Tensor, Tensor], None]:
         """Sum a dense tensor into another one, which may be itself."""
-        run, plans, enter = partial(self.run, pattern=ALL_REDUCE), _Plans(self.plan_sum), self.enter
+        run, plans, enter = partial(self.run, pattern=ALL_REDUCE), Plans(self.planner.sum), self.enter
 
         def sum_into(dense: Tensor, out: Tensor) -> None:
             plan = plans[dense.shape]
@@ -195,18 +157,6 @@ class _Target:
 
     # -- the fused norm
 
-    def plan_norm(self, shape: torch.Size, group: int = 0) -> _Plan:
-        """For rows of ``shape[-1]``. Raises where they do not fit."""
-        count, hidden = shape.numel(), shape[-1]
-        if not count:
-            return _Plan(0, hidden, True)
-        tokens = count // hidden
-        self.check_room(tokens, hidden)
-        if checks.launchable(hidden, self.dtype.itemsize, group) is not None:
-            return _Plan(tokens, hidden, True, fused=False)
-        one_shot = count * self.dtype.itemsize <= self.limit or checks.two_shot(tokens, self.world_size) is not None
-        return _Plan(tokens, hidden, one_shot, len(shape) != 2)
-
     def all_reduce_rms_norm(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """The norm and the new residual, as new tensors."""
         dense_of, empty_like, fused = self.dense, torch.empty_like, self._norm_into()
@@ -242,7 +192,7 @@ class _Target:
 
     def _norm_into(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """For dense tensors, into dense tensors that may be the same."""
-        run, plans, enter, dense_of = partial(self.run, pattern=NORM), _Plans(self.plan_norm), self.enter, self.dense
+        run, plans, enter, dense_of = partial(self.run, pattern=NORM), Plans(self.planner.norm), self.enter, self.dense
         composed = self._composed()
 
         def norm_into(
@@ -288,10 +238,12 @@ class _Target:
 
     def all_reduce_rms_norm_quant(self) -> Callable[..., tuple[Quantized, Tensor | None, Tensor]]:
         """The quantised norm, the norm if it is wanted, and the new residual, as new tensors."""
-        run, enter, dense_of, composed = self.run, self.enter, self.dense, self._composed()
-        empty_like, device = torch.empty_like, self.device
-        by_group: dict[int, _Plans] = {}
-        refused = {f: checks.format_served(f, *self.capability, str(self.dtype).removeprefix("torch.")) for f in QuantFormat}
+        run, enter, dense_of, norm_call = self.run, self.enter, self.dense, self.all_reduce_rms_norm()
+        empty_like, device, who = torch.empty_like, self.device, self.who
+        by_group: dict[int, Plans] = {}
+        refused = {f: checks.format_served(f, *self.capability) for f in QuantFormat}
+        # The kernels have nvfp4 of 16-bit types alone.
+        apart = {QuantFormat.NVFP4} if self.dtype is torch.float32 else set()
 
         def all_reduce_rms_norm_quant(
             tensor: Tensor,
@@ -305,19 +257,16 @@ class _Target:
             form = how.format
             reason = refused[form]
             if reason is not None:
-                raise self.error(reason)
+                raise UnsupportedOperation(f"{who} {reason}")
             group = how.group if form is QuantFormat.FP8_GROUP else 0
             plans = by_group.get(group)
             if plans is None:
-                plans = by_group[group] = _Plans(partial(self.plan_norm, group=group))
+                plans = by_group[group] = Plans(partial(self.planner.norm, group=group))
             tensor, residual = dense_of(tensor), dense_of(residual, "residual")
             shape = tensor.shape
             plan = plans[shape]
-            if not plan.fused or not plan.tokens:
-                if plan.tokens:
-                    norm, total = composed(tensor, residual, weight, eps, weight_bias)
-                else:
-                    norm, total = empty_like(tensor), empty_like(tensor)
+            if not plan.fused or not plan.tokens or form in apart:
+                norm, total = norm_call(tensor, residual, weight, eps, weight_bias)
                 return quantize(norm, how), norm if keep_norm else None, total
             weight = dense_of(weight, "weight")
             values, scales, scale_out = outputs(how, shape, plan.tokens, device)
@@ -348,29 +297,9 @@ class _Target:
         return all_reduce_rms_norm_quant
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU. On CPU there is none that could be too old; it is where the calls are tested."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (10, 0)
-
-
 def _current_stream() -> Callable[[int], int]:
     shortcut: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return shortcut or (lambda index: int(torch.cuda.current_stream(index).cuda_stream))
-
-
-class _Plans(dict[Any, _Plan]):
-    """Shape -> plan, made at the first look."""
-
-    def __init__(self, make: Callable[[torch.Size], _Plan]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, shape: torch.Size) -> _Plan:
-        plan = self._make(shape)
-        if len(self) >= _MOST_PLANS:
-            self.clear()
-        self[shape] = plan
-        return plan
 
 
 def bind(

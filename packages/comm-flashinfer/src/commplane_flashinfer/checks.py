@@ -42,15 +42,11 @@ def device(name: str, wanted: object, found: object) -> str | None:
     return None if wanted == found else f"wanted a {name} on {wanted}, found one on {found}: move it"
 
 
-def format_served(how: QuantFormat, major: int, minor: int, dtype: str) -> str | None:
+def format_served(how: QuantFormat, major: int, minor: int) -> str | None:
     """Of a format on a GPU of that compute capability. Below 10.0 the NVFP4 kernels write zeros and no scales."""
-    if how is not QuantFormat.NVFP4:
+    if how is not QuantFormat.NVFP4 or major >= 10:
         return None
-    if major < 10:
-        return f"wanted a GPU of compute capability 10.0 or more for nvfp4, found {major}.{minor}: choose an fp8 format"
-    if dtype == "float32":
-        return "wanted a dtype of 16 bits for nvfp4, found float32: convert the tensor"
-    return None
+    return f"wanted a GPU of compute capability 10.0 or more for nvfp4, found {major}.{minor}: choose an fp8 format"
 
 
 def capacity(tokens: int, hidden: int, itemsize: int, world_size: int, most: int) -> tuple[bool, str] | None:
@@ -72,11 +68,14 @@ def capacity(tokens: int, hidden: int, itemsize: int, world_size: int, most: int
     return None
 
 
-def two_shot(tokens: int, world_size: int) -> str | None:
-    """Of a two-shot, where each rank sums its share of the tokens."""
-    if tokens > world_size:
-        return None
-    return f"wanted more than {world_size} tokens for a two-shot of {world_size} ranks, found {tokens}: let it be a one-shot"
+def two_shot(tokens: int, hidden: int, itemsize: int, world_size: int) -> str | None:
+    """Of a two-shot, where each rank sums its share of the tokens and a block of threads has one for each rank."""
+    if tokens <= world_size:
+        return f"wanted more than {world_size} tokens for a two-shot of {world_size} ranks, found {tokens}: use a one-shot"
+    least = world_size * _ACCESS // itemsize
+    if hidden < least:  # longer rows have blocks of 128 threads or more, or one block for the row
+        return f"wanted a hidden size of {least} or more for a two-shot of {world_size} ranks, found {hidden}: use a one-shot"
+    return None
 
 
 def launchable(hidden: int, itemsize: int, group: int = 0) -> str | None:

@@ -13,7 +13,7 @@ ALL_REDUCE = 0
 NORM = 1
 """Writes `residual_out` and `norm_out`."""
 SWIZZLED_128X4 = 0
-"""The layout of NVFP4's scales that `commplane.api.swizzled_offsets` describes. The kernels write no scales in 8x4."""
+"""The layout of NVFP4's scales that `commplane.api.quantize.swizzled_offsets` describes. The kernels write no scales in 8x4."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ QUANTISED = {
 
 # Rows that a plain sum is cut into, largest first.
 _HIDDEN_SIZES = (4096, 2048, 1024, 512, 256)
+# Up to which a message of whole vectors may be one row: 1024 threads of 16 bytes, which every number of vectors has a launch for.
+_ONE_ROW_BYTES, _VECTOR_BYTES = 16384, 16
 
 _KIB, _MIB = 1 << 10, 1 << 20
 # The largest message in bytes that goes by one-shot under `auto`, for each major compute capability and number of ranks. Those of
@@ -65,13 +67,17 @@ def one_shot_limit(algorithm: str, most: int, world_size: int, major: int) -> in
     return min(_ONE_SHOT_BYTES.get(major, _ONE_SHOT_BYTES[9])[world_size], most)
 
 
-def plan_shape(count: int, world_size: int, one_shot: bool) -> tuple[int, int, bool]:
-    """Tokens, hidden size and whether it is a one-shot, for the sum of `count` elements.
+def plan_shape(count: int, itemsize: int, world_size: int, one_shot: bool) -> tuple[int, int, bool]:
+    """Tokens, hidden size and whether it is a one-shot, for the sum of `count` elements of `itemsize` bytes.
 
-    The hidden size is the largest that divides `count`, else the message is padded to whole rows of the smallest. A two-shot
-    wants more tokens than ranks: of fewer, smaller rows are tried, and then it is a one-shot.
+    The hidden size is the largest that divides `count`; else a short message is one row, and another is padded to whole rows of
+    the smallest, through a copy. A two-shot wants more tokens than ranks: of fewer, smaller rows are tried, and then it is a
+    one-shot.
     """
-    smallest = _HIDDEN_SIZES[-1]
+    smallest, nbytes = _HIDDEN_SIZES[-1], count * itemsize
+    # Not below the smallest row: the threads of a launch also clear what a message before it has used, which may be a large one.
+    if one_shot and smallest < count and nbytes % _VECTOR_BYTES == 0 and nbytes <= _ONE_ROW_BYTES and count % smallest:
+        return 1, count, True
     whole = -(-count // smallest) * smallest
     fitting = [h for h in _HIDDEN_SIZES if whole % h == 0]
     if not one_shot:

@@ -28,7 +28,7 @@ def missing_module(find: Callable[[str], object | None] = importlib.util.find_sp
     for name, fix in _NEEDED.items():
         try:
             found = find(name)
-        except ImportError:  # of the package that it is in
+        except (ImportError, ValueError):  # of the package that it is in; of a module in sys.modules that says no origin
             found = None
         if found is None:
             return f"wanted the module {name}, found none: {fix}"

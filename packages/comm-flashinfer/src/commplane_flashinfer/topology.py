@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 __all__ = ["ARCHITECTURES", "Card", "look", "refusal"]
 
@@ -27,16 +26,6 @@ class Card:
     name: str
     capability: tuple[int, int]
     confidential: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object; `from_json` reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Card:
-        """The card of another rank."""
-        major, minor = data["capability"]
-        return cls(data["uuid"], data["name"], (major, minor), data["confidential"])
 
 
 def refusal(cards: Sequence[Card], linked: Sequence[Sequence[str]], ranks: Sequence[int], any_topology: bool) -> str | None:

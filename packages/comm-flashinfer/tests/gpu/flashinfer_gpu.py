@@ -1,9 +1,12 @@
-"""What the tests of this folder share: where they run, sizes that are safe there, and what a fused call has to give."""
+"""What the tests of this folder share: where they run, sizes that are safe there, what a fused call has to give, and by whom."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from torch import Tensor
 from commplane.api import QuantFormat, Quantization, add_rms_norm
 from commplane.api.quantize import misquantized, quantize
 from commplane.runtime import Communicator
+from commplane_flashinfer.patterns import NORM, QUANTISED
 
 EPS = 1e-6
 # Kernels take reciprocals and roots approximately: one place of a narrow dtype, some of 24 bits.
@@ -50,19 +54,87 @@ def shapes(rank: Rank, dtype: torch.dtype, hiddens: list[int], tokens: list[int]
                 yield count, hidden
 
 
-def ready(rank: Rank, dtype: torch.dtype, *, fused: bool = True, **options: Any) -> Communicator:
-    """The communicator over all ranks with room for the largest tensor. Collective."""
-    comm = rank.comm(**options)
-    for collective in ("all_reduce", "all_reduce_rms_norm", "all_reduce_rms_norm_quant") if fused else ("all_reduce",):
-        comm.prepare(collective, dtype=dtype, max_bytes=most_bytes(rank))
+LAUNCHED: Counter[tuple[int, bool]] = Counter()
+"""FlashInfer's launches in this process since `counting`, by pattern and by whether it was a one-shot."""
+FUSED = ("all_reduce", "all_reduce_rms_norm", "all_reduce_rms_norm_quant")
+
+
+def entry_points() -> Any:
+    """The module whose launches are counted."""
+    from flashinfer import comm
+
     return comm
 
 
-def serves(comm: Communicator, collective: str, nbytes: int, dtype: torch.dtype, op: str = "sum", *, graph: bool = False) -> str:
-    """The algorithm of FlashInfer that runs; an AssertionError where it is another backend."""
+def counting() -> None:
+    """Count the launches of backends that are formed from now on. Idempotent."""
+    module = entry_points()
+    run = module.allreduce_fusion
+    if getattr(run, "is_counted", False):
+        return
+
+    @functools.wraps(run)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        LAUNCHED[kwargs["pattern"], kwargs["use_oneshot"]] += 1
+        return run(*args, **kwargs)
+
+    counted.is_counted = True  # type: ignore[attr-defined]
+    module.allreduce_fusion = counted
+
+
+@contextmanager
+def by_flashinfer(*patterns: int, one_shot: bool | None = None) -> Iterator[None]:
+    """An AssertionError where its kernels of each of `patterns` are not launched inside: another backend has served the call.
+
+    With `one_shot`, launches of the other algorithm are an error too.
+    """
+    before = LAUNCHED.copy()
+    yield
+    new = LAUNCHED - before
+    for pattern in patterns:
+        found = {way: new[pattern, way] for way in (True, False)}
+        wanted = found[one_shot] if one_shot is not None else sum(found.values())
+        assert wanted, f"wanted launches of pattern {pattern} by flashinfer, found {found} (one-shot: times)"
+        assert one_shot is None or not found[not one_shot], f"pattern {pattern}: launches by one-shot are {found}"
+
+
+def patterns(how: Quantization) -> tuple[int, int]:
+    """Of the quantised norm that keeps the norm, and of that which does not."""
+    return QUANTISED[how.format].with_norm, QUANTISED[how.format].alone
+
+
+def room(most: int, **options: Any) -> dict[str, Any]:
+    """Settings of a communicator for messages of up to `most` bytes of every dtype, which `prepare` builds the memory for."""
+    sizes = {"max_bytes": most, "float32_max_bytes": most, "open_bytes": min(most, 64 << 10)}
+    return {**sizes, "max_workspace_bytes": 4 << 30, **options}
+
+
+def prepared(comm: Communicator, dtype: torch.dtype, most: int) -> Communicator:
+    """The same, with a workspace for `most` bytes. Collective."""
+    for collective in FUSED:
+        comm.prepare(collective, dtype=dtype, max_bytes=most)
+        serves(comm, collective, most, dtype, "fp8_static" if collective == FUSED[2] else "sum")
+    return comm
+
+
+def formed(
+    rank: Rank, name: str, ranks: list[int] | None = None, *, most: int = 32 << 10, dtype: torch.dtype = torch.bfloat16
+) -> Communicator:
+    """A new communicator with a workspace for `most` bytes. Collective over `ranks`."""
+    counting()
+    return prepared(rank.form(name, ranks, **room(most)), dtype, most)
+
+
+def ready(rank: Rank, dtype: torch.dtype, **options: Any) -> Communicator:
+    """The communicator over all ranks with room for the largest tensor. Collective."""
+    counting()
+    return prepared(rank.comm(**room(most_bytes(rank), **options)), dtype, most_bytes(rank))
+
+
+def serves(comm: Communicator, collective: str, nbytes: int, dtype: torch.dtype, op: str = "sum", *, graph: bool = False) -> None:
+    """An AssertionError where the plan gives the call to another backend."""
     answer = comm.plan.explain(collective, nbytes=nbytes, dtype=str(dtype).removeprefix("torch."), op=op, graph=graph)
     assert answer.chosen == "flashinfer", str(answer)
-    return answer.algorithm
 
 
 class Layer:
@@ -103,8 +175,24 @@ def how_to(name: str, device: torch.device) -> Quantization:
     return Quantization(QuantFormat(name), scale)
 
 
-def check_quantised(what: object, comm: Communicator, layer: Layer, how: Quantization, bias: float = 0.0) -> list[Tensor]:
-    """Against the reference of the format, applied to the norm that the same call gave; without that norm the same bits."""
+def check_quantised(
+    what: object, comm: Communicator, layer: Layer, how: Quantization, bias: float = 0.0, one_shot: bool | None = None
+) -> list[Tensor]:
+    """Against the reference of the format, applied to the norm that the same call gave; without that norm the same bits.
+
+    All of it by FlashInfer's own kernels for the format.
+    """
+    with by_flashinfer(*patterns(how), one_shot=one_shot):
+        return _check_quantised(what, comm, layer, how, bias)
+
+
+def check_by_reference(what: object, comm: Communicator, layer: Layer, how: Quantization) -> None:
+    """The same of a format that this GPU has no kernels for: FlashInfer's fused norm, then torch."""
+    with by_flashinfer(NORM):
+        _check_quantised(what, comm, layer, how, 0.0)
+
+
+def _check_quantised(what: object, comm: Communicator, layer: Layer, how: Quantization, bias: float) -> list[Tensor]:
     quantised, norm, residual = comm.all_reduce_rms_norm_quant(
         layer.mine, layer.before, layer.weight, how, EPS, bias, keep_norm=True
     )

@@ -1,4 +1,4 @@
-"""Graphs over FlashInfer's kernels: replays with new inputs and eager calls between, two streams, and the compiler."""
+"""Graphs over FlashInfer's kernels: replays with new inputs and eager calls between, what a capture refuses, the compiler."""
 
 from __future__ import annotations
 
@@ -7,12 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from flashinfer_gpu import EPS, Layer, check_quantised, groups, how_to, marks, ready, shapes
-from gpu_numbers import checksum, expect, inputs, reduced
+from flashinfer_gpu import (
+    EPS,
+    FUSED,
+    Layer,
+    by_flashinfer,
+    check_quantised,
+    formed,
+    groups,
+    how_to,
+    marks,
+    patterns,
+    ready,
+    serves,
+    shapes,
+)
+from gpu_numbers import checksum, expect, inputs
 from gpu_ranks import Rank, World
 
 from commplane import errors, ops
 from commplane.api.quantize import misquantized, quantize
+from commplane_flashinfer.patterns import ALL_REDUCE, NORM
 
 pytestmark = marks()
 
@@ -48,7 +63,11 @@ def many_replays(rank: Rank) -> list[int]:
                 got[kind] = tp.all_reduce_rms_norm_quant(x, r, weight, how, EPS, keep_norm=True)
 
         body()  # what is loaded at the first call of a shape is loaded outside of the capture
-        made.append((tokens, hidden, x, r, places, got, layer.weight, captured(rank, body)))
+        for collective, op in (*((name, "sum") for name in FUSED[:2]), *((FUSED[2], kind) for kind in kinds)):
+            serves(tp, collective, x.nbytes, DTYPE, op, graph=True)
+        with by_flashinfer(ALL_REDUCE, NORM, *(patterns(how)[0] for how in kinds.values())):
+            graph = captured(rank, body)
+        made.append((tokens, hidden, x, r, places, got, layer.weight, graph))
     for step in range(4 * len(made)):
         tokens, hidden, x, r, places, got, weight, graph = made[step % len(made)]
         layer = Layer(rank, DTYPE, tokens, hidden, 1 if step < len(made) else step)
@@ -56,7 +75,8 @@ def many_replays(rank: Rank) -> list[int]:
         for target, source in ((x, layer.mine), (r, layer.before), (places[0], layer.mine), (places[1], layer.before)):
             target.copy_(source)
         graph.replay()
-        eager = tp.all_reduce(x)
+        with by_flashinfer(ALL_REDUCE):
+            eager = tp.all_reduce(x)
         what = (step, tokens, hidden)
         expect((what, "sum"), got["sum"], layer.total)
         expect((what, "eager"), eager, layer.total)
@@ -84,28 +104,6 @@ def test_graphs_are_replayed_in_turn_with_new_inputs_and_eager_calls_between(wor
     assert all(other == first for other in others)
 
 
-def two_streams(rank: Rank) -> None:
-    """One communicator called on two streams in turn: one workspace, so its kernels must follow each other."""
-    tp, n, device = ready(rank, DTYPE), rank.world_size, rank.device
-    streams = [torch.cuda.Stream(device), torch.cuda.Stream(device)]
-    torch.cuda.synchronize()
-    results = []
-    for step in range(60):
-        parts = inputs(n, 4096, DTYPE, step, device)
-        streams[step % 2].wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(streams[step % 2]):
-            # The parts are kept: their memory belongs to the other stream, which would use it again while this one reads.
-            results.append((tp.all_reduce(parts[rank.rank]), reduced(parts), parts))
-    torch.cuda.synchronize()
-    for step, (got, wanted, _) in enumerate(results):
-        expect(("stream", step), got, wanted)
-
-
-@pytest.mark.parametrize("size", groups(most=2))
-def test_calls_on_two_streams_follow_each_other(world: World) -> None:
-    world.run(two_streams)
-
-
 def prepares_inside(rank: Rank) -> str:
     """What prepare says inside of a capture; the capture goes on."""
     tp = ready(rank, DTYPE)
@@ -118,7 +116,8 @@ def prepares_inside(rank: Rank) -> str:
             tp.prepare("all_reduce", dtype=DTYPE, max_bytes=64 << 20)
         except errors.CaptureError as error:
             said = str(error)
-        tp.all_reduce_(x)
+        with by_flashinfer(ALL_REDUCE):
+            tp.all_reduce_(x)
 
     graph = captured(rank, body)
     x.fill_(1.0)
@@ -152,13 +151,14 @@ def compiled(rank: Rank, in_graph: bool) -> None:
     fast = torch.compile(layer, fullgraph=True)
     x = torch.zeros(8, HIDDEN, dtype=DTYPE, device=device)
     residual = torch.ones_like(x)
-    for _ in range(3):
-        fast(x, residual)
+    with by_flashinfer(ALL_REDUCE, NORM, patterns(how)[1]):
+        for _ in range(3):
+            fast(x, residual)
     torch.cuda.synchronize()
     out: Any = None
     graph = torch.cuda.CUDAGraph()
     if in_graph:
-        with rank.plane.capture(), torch.cuda.graph(graph):
+        with by_flashinfer(ALL_REDUCE, NORM, patterns(how)[1]), rank.plane.capture(), torch.cuda.graph(graph):
             out = fast(x, residual)
     for step in range(4):
         x.copy_(inputs(rank.world_size, x.numel(), x.dtype, step, device)[rank.rank].view_as(x))
@@ -179,15 +179,15 @@ def test_a_compiled_function_gives_what_the_plain_one_does(world: World, in_grap
 
 def after_a_graph(rank: Rank) -> None:
     """A call after close is refused; a new communicator over the same ranks works."""
-    comm = rank.form("short_lived")
-    comm.prepare("all_reduce_rms_norm", dtype=DTYPE, max_bytes=64 << 10)
+    comm = formed(rank, "short_lived")
     layer = Layer(rank, DTYPE, 4, 1024, 4)
-    layer.check("before", *comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS))
+    with by_flashinfer(NORM):
+        got = comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS)
+    layer.check("before", *got)
     comm.close()
     with pytest.raises(errors.CommplaneError, match="closed"):
         comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS)
-    with rank.form("next") as again:
-        again.prepare("all_reduce_rms_norm_quant", dtype=DTYPE, max_bytes=64 << 10)
+    with formed(rank, "next") as again:
         check_quantised("after", again, layer, how_to("fp8_token", rank.device))
 
 

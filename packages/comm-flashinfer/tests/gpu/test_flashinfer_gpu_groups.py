@@ -7,9 +7,11 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from flashinfer_gpu import EPS, Layer, check_quantised, groups, how_to, marks
+from flashinfer_gpu import EPS, Layer, by_flashinfer, check_quantised, formed, groups, how_to, marks
 from gpu_numbers import expect
 from gpu_ranks import Rank, World
+
+from commplane_flashinfer.patterns import ALL_REDUCE, NORM
 
 pytestmark = marks()
 
@@ -28,10 +30,8 @@ def orthogonal(rank: Rank, in_graph: bool) -> None:
     with ExitStack() as stack:
         comms = []
         for name, ranks in mine(rank):
-            comm = stack.enter_context(rank.form(name, ranks))
+            comm = stack.enter_context(formed(rank, name, ranks))
             assert comm.ranks == tuple(ranks)
-            for collective in ("all_reduce", "all_reduce_rms_norm", "all_reduce_rms_norm_quant"):
-                comm.prepare(collective, dtype=DTYPE, max_bytes=32 << 10)
             comms.append((comm, ranks))
         got = {}
         layers = {name: Layer(rank, DTYPE, 4, 1024, 11, ranks) for name, ranks in mine(rank)}
@@ -39,7 +39,9 @@ def orthogonal(rank: Rank, in_graph: bool) -> None:
         def body() -> None:
             for (comm, ranks), (name, layer) in zip(comms, layers.items(), strict=True):
                 assert list(comm.ranks) == ranks
-                got[name] = [comm.all_reduce(layer.mine), *comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS)]
+                with by_flashinfer(ALL_REDUCE, NORM):
+                    norm = comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS)
+                    got[name] = [comm.all_reduce(layer.mine), *norm]
 
         body()
         torch.cuda.synchronize()
@@ -77,11 +79,12 @@ def test_orthogonal_groups_of_two_each_sum_their_own_ranks(world: World, in_grap
 def other_order(rank: Rank) -> None:
     """The ranks of a group are those of its list, in its order: sums are rounded in that order."""
     ranks = list(reversed(range(rank.world_size)))
-    with rank.form("reversed", ranks) as comm:
-        comm.prepare("all_reduce_rms_norm", dtype=DTYPE, max_bytes=32 << 10)
+    with formed(rank, "reversed", ranks) as comm:
         for seed in range(4):
             layer = Layer(rank, DTYPE, 4, 1024, seed, ranks)
-            layer.check(("reversed", seed), *comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS))
+            with by_flashinfer(NORM):
+                got = comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS)
+            layer.check(("reversed", seed), *got)
 
 
 @pytest.mark.parametrize("size", groups())
@@ -91,13 +94,13 @@ def test_a_group_in_another_order_sums_in_that_order(world: World) -> None:
 
 def side_by_side(rank: Rank) -> None:
     """Two communicators over the same ranks share nothing."""
-    with rank.form("first") as a, rank.form("second") as b:
-        for comm in (a, b):
-            comm.prepare("all_reduce_rms_norm", dtype=DTYPE, max_bytes=32 << 10)
+    with formed(rank, "first") as a, formed(rank, "second") as b:
         for step in range(20):
             layer = Layer(rank, DTYPE, 2, 1024, step)
             for name, comm in (("first", a), ("second", b)):
-                layer.check((name, step), *comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS))
+                with by_flashinfer(NORM):
+                    got = comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS)
+                layer.check((name, step), *got)
 
 
 @pytest.mark.parametrize("size", groups())

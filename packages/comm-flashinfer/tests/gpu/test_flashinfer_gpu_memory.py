@@ -7,10 +7,12 @@ import os
 
 import pytest
 import torch
-from flashinfer_gpu import EPS, Layer, groups, marks
+from flashinfer_gpu import EPS, Layer, by_flashinfer, counting, groups, marks, prepared, room
 from gpu_ranks import GPUS, Rank, Worlds
 
 from commplane import errors
+from commplane.runtime import Communicator
+from commplane_flashinfer.patterns import NORM
 
 pytestmark = marks()
 
@@ -29,14 +31,21 @@ def held(rank: Rank) -> list[int]:
     return [total - free, len(os.listdir("/proc/self/fd"))]
 
 
+def one_call(what: str, comm: Communicator, rank: Rank) -> None:
+    layer = Layer(rank, DTYPE, 4, 1024, 1)
+    with by_flashinfer(NORM):
+        got = comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS)
+    layer.check(what, *got)
+
+
 def open_and_close(rank: Rank, times: int) -> None:
+    """Each time small at first, then a workspace for 8 MiB, then a larger one in its place."""
     for _ in range(times):
-        with rank.form("leak") as comm:
-            for collective in ("all_reduce", "all_reduce_rms_norm"):
-                comm.prepare(collective, dtype=DTYPE, max_bytes=8 * MIB)
-            comm.prepare("all_reduce_rms_norm", dtype=DTYPE, max_bytes=16 * MIB)  # grows
-            layer = Layer(rank, DTYPE, 4, 1024, 1)
-            layer.check("leak", *comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS))
+        counting()
+        with rank.form("leak", **room(16 * MIB)) as comm:
+            for size in (8 * MIB, 16 * MIB):
+                prepared(comm, DTYPE, size)
+            one_call("leak", comm, rank)
 
 
 def leaks(rank: Rank) -> list[list[int]]:
@@ -51,38 +60,47 @@ def test_memory_and_descriptors_come_back_after_close(worlds: Worlds, size: int)
     with worlds.fresh(size) as world:
         for before, after in world.run(leaks):
             # FlashInfer keeps 20 bytes a workspace, which come out of pages of 2 MiB: at most one of those a rank.
-            slack = 2 * MIB * (size if size > GPUS else 1)
+            slack = 2 * MIB * on_one_gpu(size)
             assert after[0] - before[0] <= slack, (before, after)
             assert after[1] == before[1], (before, after)
 
 
+def on_one_gpu(size: int) -> int:
+    """How many ranks share what `held` sees."""
+    return size if size > GPUS else 1
+
+
 def grows(rank: Rank) -> list[int]:
-    """Used bytes with nothing, with a small workspace, and with a large one in its place."""
+    """Used bytes with nothing, with a small workspace, with a large one in its place, and after close."""
     open_and_close(rank, 1)
     out = [held(rank)[0]]
-    with rank.form("grows") as comm:
+    with rank.form("grows", **room(64 * MIB)) as comm:
         for size in (16 * MIB, 64 * MIB):
-            comm.prepare("all_reduce_rms_norm", dtype=DTYPE, max_bytes=size)
+            prepared(comm, DTYPE, size)
             out.append(held(rank)[0])
+        one_call("grown", comm, rank)
     return [*out, held(rank)[0]]
 
 
-@pytest.mark.skipif(GPUS < 2, reason="wants 2 GPUs: on one the used bytes are those of all ranks")
 @pytest.mark.parametrize("size", groups(most=2))
 def test_a_workspace_that_grew_takes_the_place_of_the_smaller_one(worlds: Worlds, size: int) -> None:
     with worlds.fresh(size) as world:
         for nothing, small, large, after in world.run(grows):
-            needs = 4 * size * 64 * MIB
-            assert needs * 0.9 <= large - nothing <= needs + 32 * MIB, (nothing, small, large)
-            assert small < large and after - nothing <= 2 * MIB, (nothing, small, large, after)
+            sharing = on_one_gpu(size)
+            for found, most in ((small, 16 * MIB), (large, 64 * MIB)):
+                # A workspace takes four times the message for each rank of the group; beside it there is a small one of float32.
+                needs = sharing * 4 * size * most
+                assert needs <= found - nothing <= needs + sharing * 32 * MIB, (nothing, small, large)
+            assert after - nothing <= sharing * 2 * MIB, (nothing, small, large, after)
 
 
-def out_of_memory(rank: Rank, culprit: int) -> tuple[list[str], int, bool]:
-    """The errors of two calls of prepare where the GPU of `culprit` is full, what was left behind, and whether sums go on."""
+def out_of_memory(rank: Rank, culprit: int) -> tuple[list[str], int]:
+    """The errors of two calls of prepare where the GPU of `culprit` is full, and what they left behind; sums go on."""
     open_and_close(rank, 1)
     said: list[str] = []
-    with rank.form("full") as comm:
-        comm.prepare("all_reduce_rms_norm", dtype=DTYPE, max_bytes=MIB)
+    with rank.form("full", **room(100 * MIB)) as comm:
+        prepared(comm, DTYPE, MIB)
+        one_call("before", comm, rank)
         before = held(rank)[0]
         filler = None
         if rank.rank == culprit:
@@ -96,16 +114,19 @@ def out_of_memory(rank: Rank, culprit: int) -> tuple[list[str], int, bool]:
                 said.append(f"{type(error).__name__}: {error}")
         del filler
         left = held(rank)[0] - before
-        layer = Layer(rank, DTYPE, 4, 1024, 1)
-        layer.check("after", *comm.all_reduce_rms_norm(layer.mine, layer.before, layer.weight, EPS))
-    return said, left, True
+        one_call("after", comm, rank)
+        # Memory is there again: a need that did not fail before is met.
+        prepared(comm, DTYPE, 50 * MIB)
+        one_call("grown", comm, rank)
+    return said, left
 
 
-@pytest.mark.skipif(GPUS < 2, reason="wants 2 GPUs: ranks on one GPU share its memory, so none can be full alone")
 @pytest.mark.parametrize("size", groups(most=2))
-def test_one_rank_without_memory_fails_all_and_leaves_nothing_behind(worlds: Worlds, size: int) -> None:
+def test_a_rank_without_memory_fails_all_and_leaves_nothing_behind(worlds: Worlds, size: int) -> None:
+    """On one GPU for all ranks it is full for each of them; on GPUs of their own for the last rank alone."""
     with worlds.fresh(size) as world:
-        for said, left, goes_on in world.run(out_of_memory, size - 1):
-            assert len(said) == 2 and goes_on, said
-            assert f"rank {size - 1}" in said[0], said
-            assert left <= 2 * MIB, left
+        for said, left in world.run(out_of_memory, size - 1):
+            assert len(said) == 2, said
+            assert "undone on all ranks" in said[0] and (on_one_gpu(size) > 1 or f"rank {size - 1}: " in said[0]), said
+            assert "not tried again" in said[1], said
+            assert left <= 2 * MIB * on_one_gpu(size), left

@@ -30,7 +30,7 @@ TORCH = backend("torch", "all_reduce")
 
 def curve(candidate: str, *points: tuple[int, float], collective: str = str(NORM), **changes: Any) -> Curve:
     values: dict[str, Any] = {"variant": None, "dtype": "bfloat16", "graph": False} | changes
-    return Curve(collective, values["variant"], values["dtype"], values["graph"], candidate, points, values.get("failed", ""))
+    return Curve(collective, candidate=candidate, points=points, **values)
 
 
 def plan_of(specs: list[BackendSpec], *curves: Curve) -> Plan:
@@ -94,6 +94,59 @@ def test_a_failed_candidate_runs_at_no_size() -> None:
     assert dict(answer.others)["flashinfer (fused)"] == "failed when it was tuned: rank 1: gave the residual wrong"
 
 
+def test_a_way_that_failed_from_a_size_on_runs_below_it() -> None:
+    plan = plan_of([FLASH, TORCH], curve("flashinfer", (1024, 1.0), failed="rank 1: no memory", failed_from=4096))
+    assert routes(plan) == [(0, 4096, "flashinfer"), (4096, None, "composed:torch")]
+    assert "failed when it was tuned" in str(plan.explain(str(NORM), nbytes=4096, dtype="bfloat16"))
+    assert "failed when it was tuned" not in str(plan.explain(str(NORM), nbytes=4095, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("collective", "variant", "candidate", "gone"),
+    [
+        ("all_reduce", "sum", "custom_ar", {"composed:custom_ar"}),
+        (str(NORM), None, "custom_ar", {"custom_ar", "composed_norm:custom_ar"}),
+        (str(NORM), None, "composed:custom_ar", {"composed:custom_ar"}),
+    ],
+)
+def test_what_was_wrong_in_a_call_is_not_used_for_what_is_composed_of_it(
+    collective: str, variant: str | None, candidate: str, gone: set[str]
+) -> None:
+    """Of each call that is composed, the ways are tried one by one: whichever comes first is taken away until none is left."""
+    wrong = curve(candidate, collective=collective, variant=variant, failed="rank 0: wrong")
+    for call, op in ((NORM, None), (QUANT, QuantFormat.FP8_TOKEN)):
+        ways = set(plan_of([CUSTOM, TORCH]).ways(call, op, "bfloat16"))
+        left = set()
+        specs = [CUSTOM, TORCH]
+        found: list[Curve] = [wrong]
+        while chosen := {label for _, _, label in routes(plan_of(specs, *found), call, op)}:
+            left |= chosen
+            key = {"collective": str(call), "variant": op and str(op)}
+            known = {c.candidate for c in found if c.collective == key["collective"]}
+            assert not chosen & known
+            found += [curve(label, **key, failed="taken away") for label in chosen - known]
+        assert ways - left == ways & gone
+
+
+def test_the_first_by_preference_keeps_its_place_where_others_were_measured_and_it_was_not() -> None:
+    plan = plan_of([FLASH, CUSTOM, TORCH], *MEASURED[1:])
+    assert routes(plan) == [(0, None, "flashinfer")]
+    reason = dict(plan.explain(str(NORM), nbytes=8192, dtype="bfloat16").others)["custom_ar (fused)"]
+    assert reason == "7.0 us at 8192 bytes, flashinfer comes before it and was not measured"
+
+
+def test_explain_says_of_one_that_comes_later_that_it_is_the_one_that_was_not_measured() -> None:
+    plan = plan_of([CUSTOM, FLASH, TORCH], curve("custom_ar", (8192, 7.0)), curve("composed:torch", (8192, 9.0)))
+    answer = plan.explain(str(NORM), nbytes=8192, dtype="bfloat16")
+    assert answer.chosen == "custom_ar"
+    assert dict(answer.others)["flashinfer"] == "was not measured, and custom_ar comes before it"
+
+
+def test_explain_says_of_which_hidden_size_and_where_from_the_times_are() -> None:
+    there = curve("flashinfer", (8192, 6.0), hidden=4096, source="a file")
+    assert "flashinfer, 6.0 us (hidden 4096, a file)" in str(plan_of([FLASH, TORCH], there).explain(str(NORM), dtype="bfloat16"))
+
+
 def test_limits_of_a_spec_bound_what_was_measured() -> None:
     short = backend("flashinfer", "all_reduce_rms_norm", max_bytes=4095)
     plan = plan_of(
@@ -132,7 +185,7 @@ def tables(draw: st.DrawFn) -> tuple[list[BackendSpec], list[Curve]]:
 
 
 @given(tables())
-def test_every_size_has_one_route_and_at_measured_sizes_it_is_the_best_measured_one(
+def test_every_size_has_one_route_the_best_measured_one_unless_the_first_by_preference_was_not_measured(
     table: tuple[list[BackendSpec], list[Curve]],
 ) -> None:
     specs, curves = table
@@ -146,7 +199,10 @@ def test_every_size_has_one_route_and_at_measured_sizes_it_is_the_best_measured_
         times = {
             c.candidate: dict(c.points)[n] for c in curves if n in dict(c.points) and any(r.serves(n) for r in ways[c.candidate])
         }
-        if times:
+        first = next(label for label, of_it in ways.items() if any(r.serves(n) for r in of_it))
+        if first not in {c.candidate for c in curves}:
+            assert chosen == first
+        elif times:
             mine = next(c for c in curves if c.candidate == chosen)
             assert mine.at(n) <= min(times.values()) + 1e-9
         assert any(r.serves(n) for r in ways[chosen])

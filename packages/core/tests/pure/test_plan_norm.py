@@ -167,6 +167,9 @@ def test_the_text_of_a_plan_shows_what_is_composed_beside_what_is_not() -> None:
         "all_reduce_rms_norm composed of all_reduce by torch and torch bfloat16, float32, 0 <= bytes < 100",
         "all_reduce_rms_norm fused       bfloat16, float32, 100 <= bytes < 200",
         "all_reduce_rms_norm composed of all_reduce by torch and torch bfloat16, float32, 200 <= bytes < inf",
+        "all_reduce_rms_norm_quant composed of all_reduce by torch and torch bfloat16, float32, 0 <= bytes < 100",
+        "all_reduce_rms_norm_quant composed of all_reduce_rms_norm by fused and torch bfloat16, float32, 100 <= bytes < 200",
+        "all_reduce_rms_norm_quant composed of all_reduce by torch and torch bfloat16, float32, 200 <= bytes < inf",
     ]
 
 

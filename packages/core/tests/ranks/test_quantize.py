@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commplane.api.quantize import FP8_MAX, Quantization, quantize, swizzled_offsets
+from commplane.api import QuantFormat, misquantized
+from commplane.api.quantize import FP8_MAX, Quantization, _to_fp4, quantize, swizzled_offsets
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 E4M3 = E4M3[E4M3.isfinite()]
@@ -106,9 +107,33 @@ def test_what_does_not_fit_is_said() -> None:
         Quantization("fp8_static")
     with pytest.raises(ValueError, match="fp8_token computes its scales"):
         Quantization("fp8_token", torch.ones(1))
-    with pytest.raises(ValueError, match="wants a hidden size that 128 divides, found 100"):
+    with pytest.raises(ValueError, match="wants a hidden size that 128 divides for fp8_group group=128, found 100"):
         quantize(torch.zeros(1, 100), Quantization("fp8_group"))
-    with pytest.raises(ValueError, match="wants a hidden size that 16 divides, found 24"):
+    with pytest.raises(ValueError, match="wants a hidden size that 16 divides for nvfp4, found 24"):
         quantize(torch.zeros(1, 24), Quantization("nvfp4", torch.ones(1)))
     with pytest.raises(ValueError, match="not a valid QuantFormat"):
         Quantization("fp3")
+
+
+def test_every_format_can_be_captured_no_tensor_is_made_from_numbers_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host is refused inside of a CUDA graph."""
+    x, scale = torch.randn(4, 256), torch.ones(1)
+    wanted = {f: quantize(x, Quantization(f, scale if f in ("fp8_static", "nvfp4") else None)) for f in QuantFormat}
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.delattr(torch, name)
+    for f in QuantFormat:
+        again = quantize(x, Quantization(f, scale if f in ("fp8_static", "nvfp4") else None))
+        assert misquantized(again, wanted[f]) is None
+
+
+def test_nvfp4_rounds_to_nearest_with_ties_to_the_even_code() -> None:
+    middles = (E2M1[:-1] + E2M1[1:]) / 2
+    values = torch.cat([E2M1, middles, middles - 1e-3, middles + 1e-3, torch.tensor([7.0, 100.0])])
+    values = torch.cat([values, -values])
+    found = _to_fp4(values)
+    far = (values.abs().clamp(max=6.0)[:, None] - E2M1).abs()
+    best = far == far.amin(1, keepdim=True)
+    # Of two codes that are as near, the even one.
+    wanted = torch.tensor([min((code % 2, code) for code in row.nonzero().flatten().tolist())[1] for row in best])
+    assert torch.equal(found.int() & 7, wanted.int())
+    assert torch.equal(found >> 3, torch.signbit(values).to(torch.uint8))

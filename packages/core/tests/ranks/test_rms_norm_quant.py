@@ -15,12 +15,14 @@ from commplane.api import (
     CommBackend,
     QuantFormat,
     Quantization,
+    Quantized,
     Usable,
     add_rms_norm,
     hookimpl,
     misquantized,
     quantize,
 )
+from commplane.api.quantize import swizzled_offsets
 from commplane.backends.torch_dist import TorchDistributed
 from commplane.plugins import PluginHost
 from commplane.runtime import Plane
@@ -46,12 +48,47 @@ class Quantizing(TorchDistributed):
         return quantize(norm, how), norm if keep_norm else None, total
 
 
-class Wrong(Quantizing):
+class AnotherNorm(Quantizing):
     """Quantises another norm than it gives."""
 
     def all_reduce_rms_norm_quant(self, tensor, residual, weight, eps, weight_bias, how, keep_norm) -> Any:
         _, norm, total = super().all_reduce_rms_norm_quant(tensor, residual, weight, eps, weight_bias, how, True)
         return quantize(norm * 1.5, how), norm if keep_norm else None, total
+
+
+class AnotherLayout(Quantizing):
+    """Right but for where something lies; `moved` is told the result."""
+
+    def all_reduce_rms_norm_quant(self, *args) -> Any:
+        found, norm, total = super().all_reduce_rms_norm_quant(*args)
+        values, scales = self.moved(found.values, found.scales)
+        return Quantized(found.format, values, scales), norm, total
+
+
+class NeighboursScale(AnotherLayout):
+    """fp8_group: each of the first four groups has the scale of the one before it."""
+
+    def moved(self, values: torch.Tensor, scales: torch.Tensor) -> Any:
+        first = scales[:, 0].contiguous()
+        scales[:, 0] = first.view(torch.uint8).view(-1, 4).roll(1, -1).contiguous().view(torch.int32)[:, 0]
+        return values, scales
+
+
+class LinearScales(AnotherLayout):
+    """nvfp4: scales token by token."""
+
+    def moved(self, values: torch.Tensor, scales: torch.Tensor) -> Any:
+        tokens, blocks = values.shape[0], values.shape[1] // 8
+        linear = torch.zeros_like(scales)
+        linear[: tokens * blocks] = scales[swizzled_offsets(tokens, blocks).reshape(-1)]
+        return values, linear
+
+
+class HalvesSwapped(AnotherLayout):
+    """nvfp4: the even element in the high half of a byte."""
+
+    def moved(self, values: torch.Tensor, scales: torch.Tensor) -> Any:
+        return values << 4 | values >> 4, scales
 
 
 def probe(request: Any, facts: Any) -> Usable:
@@ -137,14 +174,34 @@ def test_a_backend_takes_its_formats_and_the_others_are_composed() -> None:
     assert "all_reduce_rms_norm_quant" in said[0][4] and "fp8_token, nvfp4" in said[0][4]
 
 
-def test_one_that_quantises_wrongly_is_left_out_with_the_reason() -> None:
+@pytest.mark.parametrize(
+    ("wrong", "form", "words"),
+    [
+        (AnotherNorm, "fp8_static", "steps of the format off"),
+        (AnotherNorm, "fp8_token", "scale 0 differs"),
+        (AnotherNorm, "fp8_group", "differs"),
+        (NeighboursScale, "fp8_group", "scale 0 differs"),
+        (AnotherNorm, "nvfp4", "differs"),
+        (LinearScales, "nvfp4", "differs"),
+        (HalvesSwapped, "nvfp4", "steps of the format off"),
+    ],
+)
+def test_one_that_quantises_wrongly_is_left_out_with_the_reason(wrong: type[CommBackend], form: str, words: str) -> None:
     def rank_main(plane: Plane) -> tuple[tuple[str, ...], str]:
         with plane.communicator("tp") as tp:
             return tp.plan.backends, next(c.reason for c in tp.plan.candidates if c.name == "quantizing")
 
-    for backends, reason in run(rank_main, plugins=lambda _r: plugin(Wrong, "fp8_static")):
+    for backends, reason in run(rank_main, plugins=lambda _r: plugin(wrong, form)):
         assert backends == ("torch",)
-        assert "all_reduce_rms_norm_quant to fp8_static" in reason and "steps of the format off" in reason
+        assert f"all_reduce_rms_norm_quant to {form}" in reason and words in reason
+
+
+def test_one_that_quantises_rightly_is_ready_in_every_format() -> None:
+    def rank_main(plane: Plane) -> tuple[str, ...]:
+        with plane.communicator("tp") as tp:
+            return tp.plan.backends
+
+    assert run(rank_main, world_size=3, plugins=lambda _r: plugin(Quantizing, *map(str, HOWS))) == [("quantizing", "torch")] * 3
 
 
 @pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
@@ -166,9 +223,41 @@ def test_a_method_may_stand_in_a_graph_and_gives_the_same(how) -> None:
             assert (
                 traced[1] is None and misquantized(traced[0], tp.all_reduce_rms_norm_quant(x, residual, weight, how)[0]) is None
             )
-            schema = torch.ops.commplane.all_reduce_rms_norm_quant.default
-            arguments = (x, residual, weight, how.scale, str(how.format), how.group, 1e-6, 0.0, True, tp.handle)
-            torch.library.opcheck(schema, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    run(rank_main, world_size=1)
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+@pytest.mark.timeout(170)
+def test_the_operator_passes_torchs_own_check_with_shapes_of_any_size(how) -> None:
+    def rank_main(plane: Plane) -> None:
+        with plane.communicator("tp") as tp:
+            operator = torch.ops.commplane.all_reduce_rms_norm_quant.default
+            for lead, keep_norm in (((6,), True), ((2, 3), False)):
+                given = inputs(tp.rank, 1, torch.bfloat16, *lead)
+                said = torch.library.opcheck(
+                    operator, (*given, how.scale, str(how.format), how.group, 1e-6, 0.0, keep_norm, tp.handle)
+                )
+                assert set(said.values()) == {"SUCCESS"} and "test_aot_dispatch_dynamic" in said
+
+    run(rank_main, world_size=1)
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
+def test_rows_of_no_numbers_are_refused_by_the_call_by_its_fake_and_by_the_reference(how) -> None:
+    def rank_main(plane: Plane) -> None:
+        with plane.communicator("tp") as tp:
+            none, weight = torch.empty(3, 0), torch.empty(0)
+            arguments = (how.scale, str(how.format), how.group, 1e-6, 0.0, True, tp.handle)
+            for call in (
+                lambda: tp.all_reduce_rms_norm_quant(none, none, weight, how),
+                lambda: torch.ops.commplane.all_reduce_rms_norm_quant(none.to("meta"), none.to("meta"), weight, *arguments),
+            ):
+                with pytest.raises(errors.UnsupportedOperation, match="wants a hidden size of 1 or more for"):
+                    call()
+            assert tp.all_reduce(torch.ones(1)).item() == 1.0  # nothing was sent
+            with pytest.raises(ValueError, match="quantize wants a hidden size of 1 or more"):
+                quantize(none, how)
 
     run(rank_main, world_size=1)
 

@@ -11,7 +11,9 @@ import torch
 
 from commplane import errors
 from commplane.plugins import PluginHost
-from commplane.runtime import Plane, tune
+from commplane.runtime import Plane
+from commplane.runtime.tune import measure, subject_of
+from commplane.runtime.tune.data import Data, Wrong
 from commplane.testing import run_threads
 
 pytestmark = pytest.mark.timeout(60)
@@ -51,13 +53,14 @@ def test_whole_and_composed_ways_are_measured_and_every_rank_has_the_same_plan()
 
 def test_ranks_that_measure_different_times_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 finds one way fast, rank 1 the other; the slowest rank of each counts."""
+    verified = measure.Tuner._verified
 
-    def timer(self: Any, _call: Any) -> Callable[[int], float]:
-        count = self._timers = getattr(self, "_timers", 0) + 1
-        mine = {(0, 1): 10.0, (0, 0): 50.0, (1, 1): 60.0, (1, 0): 20.0}[self._bootstrap.rank, count % 2]
-        return lambda _calls: mine
+    def timed(self: Any, way: Any, data: Any) -> Any:
+        assert verified(self, way, data)[1] is None
+        took = {(0, "fused"): 10.0, (0, "composed:torch"): 50.0, (1, "fused"): 60.0, (1, "composed:torch"): 20.0}
+        return lambda _calls: took[self._rank, way.label], None
 
-    monkeypatch.setattr(tune.Tuner, "_timer", timer)
+    monkeypatch.setattr(measure.Tuner, "_verified", timed)
 
     def rank_main(plane: Plane) -> Any:
         tp = plane.communicator("tp")
@@ -88,7 +91,7 @@ def test_a_way_that_gives_a_wrong_result_is_demoted_on_all_ranks_with_the_reason
 
     first, second = run(rank_main)
     assert first == second
-    assert first[1].startswith("failed when it was tuned: rank 0, 1: ")
+    assert first[1].startswith("failed when it was tuned: ranks 0, 1: ")
     assert "the residual wrong at 256 of 256 elements" in first[1]
 
 
@@ -110,6 +113,35 @@ def test_a_quantised_norm_is_tuned_as_it_is_composed() -> None:
         return [c.candidate for c in tp.plan.timings.curves if c.points]
 
     assert run(rank_main) == [["composed:torch", "composed_norm:fused"]] * 2
+
+
+@pytest.mark.parametrize(("dtype", "op"), [("float64", "avg"), ("float16", "max"), ("int64", "min"), ("uint8", "sum")])
+def test_every_op_is_verified_in_every_kind_of_dtype(dtype: str, op: str) -> None:
+    """More elements than are compared at a time, the last piece a short one."""
+
+    def rank_main(plane: Plane) -> Any:
+        tp = plane.communicator("tp")
+        tp.tune("all_reduce", dtype=dtype, op=op, sizes=[9_000_001])
+        assert tp.plan.timings is not None
+        return [(c.candidate, len(c.points), c.failed) for c in tp.plan.timings.curves]
+
+    assert run(rank_main, PluginHost) == [[("torch", 1, "")]] * 2
+
+
+@pytest.mark.parametrize("what", ["moved by a power of two", "one element", "its input"])
+def test_what_is_wrong_far_in_is_found(what: str) -> None:
+    subject = subject_of("", "cpu", "all_reduce", "bfloat16", 0, [5_000_000], 0, None, None)
+    data = Data(subject, subject.sizes[-1], "cpu", rank=1, world_size=2)
+    right = data.tensor + Data(subject, subject.sizes[-1], "cpu", rank=0, world_size=2).tensor
+    data.check(right)
+    if what == "moved by a power of two":
+        right = right.roll(1 << 20)
+    elif what == "one element":
+        right[2_300_000] += 1
+    else:
+        data.tensor[2_300_000] += 1
+    with pytest.raises(Wrong):
+        data.check(right)
 
 
 def test_different_arguments_are_refused_on_every_rank_and_change_nothing() -> None:

@@ -23,6 +23,7 @@ _LEAST_TOKEN_SCALE = 2.0**-9 / FP8_MAX
 _LEAST_GROUP_SCALE = 1e-10
 _FP4_MAX = 6.0
 _FP4_BLOCK = 16
+_FP4_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # halfway between 0, .5, 1, 1.5, 2, 3, 4 and 6
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class Quantization:
         """What has to be equal on all ranks, as text; the scale's value is not looked at, it lies on the device."""
         return f"{self.format} group={self.group}" if self.format is QuantFormat.FP8_GROUP else str(self.format)
 
+    def misfit(self, hidden: int) -> str | None:
+        """Why rows of `hidden` numbers cannot be quantised that way, or None."""
+        divides = self.group if self.format is QuantFormat.FP8_GROUP else _FP4_BLOCK if self.format is QuantFormat.NVFP4 else 1
+        if hidden % divides:
+            return f"wants a hidden size that {divides} divides for {self.label}, found {hidden}: pad it"
+        return None if hidden else f"wants a hidden size of 1 or more for {self.label}, found 0: leave the call out"
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -65,8 +73,10 @@ class Quantized:
         values: float8_e4m3fn of the shape of the norm; ``nvfp4``: uint8 ``[..., hidden / 2]``, the even element in the low half.
         scales: ``fp8_static``: the scale given. ``fp8_token``: float32 ``[..., 1]``. ``fp8_group``: int32
             ``[T, ceil(hidden / group / 4)]``, stored column by column with columns of T rounded up to 4; byte k of a word is the
-            exponent (a power of two, biased by 127) of group 4 * column + k. ``nvfp4``: uint8, float8_e4m3fn bit patterns of
-            blocks of 16 at `swizzled_offsets`; padding is 0.
+            exponent (a power of two, biased by 127) of group 4 * column + k; what lies in a column behind token T is not
+            specified. ``nvfp4``: uint8, float8_e4m3fn bit patterns of blocks of 16 at `swizzled_offsets`; padding is 0.
+
+    Of a norm with NaN or an infinity nothing is specified: `quantize` lets NaN stay NaN, kernels may store a number for it.
     """
 
     format: QuantFormat
@@ -80,6 +90,9 @@ def quantize(norm: Tensor, how: Quantization) -> Quantized:
     Raises:
         ValueError: hidden does not fit the format.
     """
+    reason = how.misfit(norm.shape[-1])
+    if reason is not None:
+        raise ValueError(f"quantize {reason}")
     norm = norm.detach()
     return {
         QuantFormat.FP8_STATIC: _fp8_static,
@@ -111,8 +124,6 @@ def _fp8_group(norm: Tensor, how: Quantization) -> Quantized:
     import torch
 
     hidden, group = norm.shape[-1], how.group
-    if hidden % group:
-        raise ValueError(f"fp8_group wants a hidden size that {group} divides, found {hidden}")
     wide = norm.float().reshape(-1, hidden // group, group)
     tokens, groups = wide.shape[:2]
     fraction, exponent = torch.frexp((wide.abs().amax(-1) / FP8_MAX).clamp_min(_LEAST_GROUP_SCALE))
@@ -179,8 +190,6 @@ def _nvfp4(norm: Tensor, how: Quantization) -> Quantized:
 
     assert how.scale is not None
     hidden = norm.shape[-1]
-    if hidden % _FP4_BLOCK:
-        raise ValueError(f"nvfp4 wants a hidden size that {_FP4_BLOCK} divides, found {hidden}")
     wide = norm.float().reshape(-1, hidden // _FP4_BLOCK, _FP4_BLOCK)
     tokens, blocks = wide.shape[:2]
     given = how.scale.float()
@@ -198,10 +207,9 @@ def _to_fp4(values: Tensor) -> Tensor:
     """E2M1 codes, to nearest, ties to the even code; too large becomes 6."""
     import torch
 
-    # Halfway points between 0, .5, 1, 1.5, 2, 3, 4, 6. On a tie the even code is the upper one after an odd code.
-    middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=values.device)
-    size = values.abs()
-    code = torch.bucketize(size, middles)  # a value on a middle gets the lower code
-    tie = (size[..., None] == middles).any(-1)
-    code = torch.where(tie & (code % 2 == 1), code + 1, code)
-    return (code + 8 * torch.signbit(values)).to(torch.uint8)
+    # Numbers and not a tensor of them, which could not be made inside of a capture.
+    size, code = values.abs(), torch.zeros_like(values, dtype=torch.uint8)
+    for lower, middle in enumerate(_FP4_MIDDLES):
+        # On a tie the even code is the upper one after an odd code. A NaN is below nothing and gets the last code.
+        code += ~(size < middle if lower % 2 else size <= middle)
+    return code | torch.signbit(values).to(torch.uint8) << 3

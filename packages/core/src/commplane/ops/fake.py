@@ -6,11 +6,12 @@ communicator that the handle names: it has to be open when a graph is traced.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 
-from commplane.api import Collective, QuantFormat
+from commplane.api import Collective, QuantFormat, Quantization
 from commplane.errors import CommunicatorError, UnsupportedOperation
 from commplane.handles import find
 
@@ -118,7 +119,10 @@ def all_reduce_rms_norm_quant(
     """Values and scales as `commplane.api.quantize` has them, then two tensors as the input, the first empty unless kept."""
     communicator = _group(group, Collective.ALL_REDUCE_RMS_NORM_QUANT, x, format)
     _row_by_row(communicator, x, residual, weight)
-    hidden, tokens = x.shape[-1], x.numel() // x.shape[-1]
+    hidden, tokens = x.shape[-1], prod(x.shape[:-1])
+    reason = Quantization(QuantFormat(format), scale, size).misfit(hidden)
+    if reason is not None:
+        raise UnsupportedOperation(f"{communicator.who} all_reduce_rms_norm_quant {reason}")
     values, scales = x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(0, dtype=torch.float32)
     if format == QuantFormat.FP8_TOKEN:
         scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)

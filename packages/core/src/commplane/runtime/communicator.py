@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from commplane.agree import CaptureGuard, StoreBootstrap, abort_backend, close_backend, on_device, on_device_if_possible
 from commplane.api import Capability, CommBackend, GroupKey
-from commplane.errors import AgreementError, CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
+from commplane.errors import AgreementError, CaptureError, CommplaneError, CommunicatorError, PeerError
 from commplane.flight import GroupFlight
 from commplane.handles import register
 from commplane.notice import notice
@@ -19,9 +19,8 @@ from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable,
 from commplane.runtime.joint import JointSteps
 from commplane.runtime.memory import GroupMemory
 from commplane.runtime.norm_calls import NormCalls
-from commplane.runtime.tune import Tuner, subject_of
+from commplane.runtime.tune import Steps, Tuner, check_outcome, subject_of
 from commplane.select import Plan, Timings
-from commplane.tracer import without_data
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +84,7 @@ class Communicator(NormCalls):
         self._fault: Exception | None = None
         self._closed = False
         self._capturing = False
+        self._tunings = 0
 
     @property
     def who(self) -> str:
@@ -104,87 +104,6 @@ class Communicator(NormCalls):
     def __repr__(self) -> str:
         state = "closed" if self._closed else "poisoned" if self._fault else "+".join(self.plan.backends)
         return f"<Communicator {self.key}, rank {self.rank}: {state}>"
-
-    # Data plane.
-
-    def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Reduce in place over the ranks with sum, min, max or avg; returns `tensor`.
-
-        Raises:
-            UnsupportedOperation: no backend of the plan serves this dtype, op or size.
-            MismatchError: the ranks called with different arguments.
-            PeerError: a rank is missing at the deadline.
-        """
-        call = self._table["all_reduce_", op, tensor.dtype]
-        try:
-            return call(tensor)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """`all_reduce_` into a new tensor; the input is left as it was."""
-        call = self._table["all_reduce", op, tensor.dtype]
-        try:
-            return call(tensor)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors concatenated along dimension 0 in group order; shapes are equal on all ranks."""
-        self._at_least_one_dimension("all_gather", tensor)
-        call = self._table["all_gather", None, tensor.dtype]
-        try:
-            return call(tensor)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def reduce_scatter(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Part `rank` of the reduced tensor, cut evenly along dimension 0, which the world size must divide."""
-        self._at_least_one_dimension("reduce_scatter", tensor)
-        if tensor.shape[0] % self.world_size:
-            raise UnsupportedOperation(
-                f"{self.who} reduce_scatter wants a first dimension that {self.world_size} ranks divide, "
-                f"found shape {list(tensor.shape)}: pad it"
-            )
-        call = self._table["reduce_scatter", op, tensor.dtype]
-        try:
-            return call(tensor)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """Fill `tensor` in place from group rank `src`; returns `tensor`."""
-        if not 0 <= src < self.world_size:
-            raise UnsupportedOperation(f"{self.who} broadcast wants src as a group rank below {self.world_size}, found {src}")
-        call = self._table["broadcast", None, tensor.dtype]
-        try:
-            return call(tensor, src)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def barrier(self) -> None:
-        """Return when every rank has come here."""
-        call = self._table["barrier", None, None]
-        try:
-            call()
-        except Exception as error:
-            raise self._failed(error) from error.__cause__
-
-    def _at_least_one_dimension(self, what: str, tensor: torch.Tensor) -> None:
-        if tensor.dim() == 0:
-            raise UnsupportedOperation(f"{self.who} {what} wants a tensor with a first dimension, found a scalar")
-
-    def _failed(self, error: Exception, tensor: torch.Tensor | None = None) -> Exception:
-        """What to raise for `error` of a collective: poisons, unless nothing was sent."""
-        if tensor is not None and str(tensor.layout) != "torch.strided":
-            return UnsupportedOperation(f"{self.who} wanted a dense tensor, found layout {tensor.layout}: use to_dense()")
-        if tensor is not None and without_data(tensor):
-            return UnsupportedOperation(
-                f"{self.who} wanted a tensor, found the {type(tensor).__name__} of a trace: use commplane.ops"
-            )
-        if not isinstance(error, UnsupportedOperation):
-            self.poison(error)
-        return error
 
     # Control plane.
 
@@ -221,8 +140,10 @@ class Communicator(NormCalls):
     ) -> None:
         """Measure every way to run a call at each size, and from now on take the fastest. Collective, outside of a capture.
 
-        Each way is verified before it is timed; one that gives a wrong result does not run this call again, on any rank. The
-        plan is another one afterwards: `plan.timings` has what was measured, equal on every rank.
+        Each way is verified before it is timed; one that gives a wrong result does not run this call again, on any rank, nor what
+        is composed of it. One that all ranks fail in runs from that size on no more. Where memory ends, or nothing can be run,
+        sizes end, with a warning on the first rank. The plan is another one afterwards: `plan.timings` has what was measured,
+        equal on every rank. Times are those of one hidden size; another one may have others.
 
         Args:
             collective: ``all_reduce``, ``all_reduce_rms_norm`` or ``all_reduce_rms_norm_quant``.
@@ -238,7 +159,8 @@ class Communicator(NormCalls):
             UnsupportedOperation: the call is none that can be tuned, or no backend serves it.
             MismatchError: the ranks called with different arguments.
             CaptureError: a capture is open.
-            CommunicatorError: a way failed on some ranks only; the communicator is poisoned.
+            CommunicatorError: a way failed on some ranks only, and the communicator is poisoned; or nothing could be measured,
+                or calls would be left with no way to run, and the plan stays.
         """
         self.check_usable("tune")
         subject = subject_of(self.who, self.device, collective, dtype, max_bytes, sizes, hidden, op, graph)
@@ -248,27 +170,34 @@ class Communicator(NormCalls):
             raise self.plan.unsupported(self.who, subject.collective, op, subject.dtype)
         for part in sorted({subject.collective, *(r.part for routes in ways.values() for r in routes if r.part is not None)}):
             self.prepare(part, dtype=subject.dtype, max_bytes=subject.sizes[-1])
+        self._tunings += 1
+        seconds = 2 * self._startup_timeout  # a step may hold a vote of its own, on a capture
         tuner = Tuner(
             subject,
             ways,
             self.device,
-            self._bootstrap,
+            self.rank,
+            self.world_size,
+            Steps(self.who, self._bootstrap, self._tunings, self.device, seconds, self._left, lambda: self.check_usable("tune")),
             lambda routes: DispatchTable(self.who, self.plan.only(routes), self._bindable),
             lambda: capture_all(CaptureGuard(), [self]) if self.captures else nullcontext(),
-            2 * self._startup_timeout,
-            lambda: self.check_usable("tune"),
+            self._bootstrap.clock.now,
         )
-        try:
-            curves = tuner.run(budget_s)
-        except Exception as error:
-            self.poison(error)
-            raise
+        curves = tuner.run(budget_s)
         plan = self.plan.tuned((self.plan.timings or Timings()).merged(curves))
+        check_outcome(self.who, curves, tuner.stopped, plan, self.plan)
+        if tuner.stopped and self.rank == 0:
+            notice(f"{self.who} tune ended before the last size at {tuner.stopped}")
         self._joint.compare("tune, the plan", {"digest": plan.digest}, self.poison)
         self.plan = plan
         self._memory.follow(plan)
         self._live, self._in_captures = tables(self.who, plan, self._bindable)
         self._table = self._live
+
+    def _left(self, error: Exception) -> None:
+        """The ranks are out of step in a tuning: a thread of it that was left to itself may be in a capture. Local."""
+        self.poison(error)
+        self._capture_interrupted()
 
     def empty(self, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory: reduced without a staging copy. Collective.

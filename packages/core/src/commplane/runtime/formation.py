@@ -11,10 +11,10 @@ from commplane.agree import StoreBootstrap, build_backend, close_backend, joint_
 from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, Facts, GroupKey, ProbeRequest
 from commplane.config import Config
 from commplane.errors import AgreementError, CommplaneWarning, SelectionError
-from commplane.notice import notice
 from commplane.plugins import PluginHost
+from commplane.runtime.follow import follow
 from commplane.runtime.inner import Formed, InnerMaker
-from commplane.runtime.tuning import Tuning, facts_of
+from commplane.runtime.tuning import Tuning
 from commplane.select import LAST_RESORT, Candidate, Draft, Offer, Plan, choose, disagreement, said
 
 __all__ = ["Formation"]
@@ -36,7 +36,7 @@ class Formation:
             preference, empty for the order of priority; and ``options``, where `config` has been changed for this communicator.
         bootstrap: control plane of the communicator.
         who: how errors of this rank begin.
-        tuning: timings to follow where they are of such a group.
+        tuning: the file of timings that the setting names, if it names one.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Formation:
             if n not in kept and n != LAST_RESORT
         ]
         last = [n for n in draft.order if n == LAST_RESORT]
-        return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts)
+        return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts, given=True)
 
     def _build(self, draft: Draft) -> tuple[Plan, dict[str, CommBackend], list[StoreBootstrap]]:
         """Open what was chosen, each on all ranks or on none. Collective."""
@@ -156,8 +156,8 @@ class Formation:
                     offers.extend(result.offers)
             refused = tuple(sorted(draft.refused, key=lambda c: c.name))
             plan = Plan.of(self._key, (*outcomes, *refused), served, self._config.numerics, offers)
-            if self._tuning is not None:
-                plan = self._tuned(plan, self._tuning)
+            auto = self._config.tuning == "auto" and not draft.given  # an order that was given is kept
+            plan = follow(plan, self._tuning, self._facts, self._device, self._config.options, self._bootstrap, auto=auto)
             self._warn_of_refusals(plan)
             digests = self._bootstrap.gather(plan.digest, what="commit").groups
             text = disagreement("the plan", [(digest, [self._key.ranks[i] for i in at]) for digest, at in digests])
@@ -182,15 +182,6 @@ class Formation:
         who = f"[{key.purpose} rank {bootstrap.rank}/{len(key.ranks)}]"
         request = {"backends": list(backends)}
         return Formation(self._plugins, config, self._facts, key, self._device, request, bootstrap, who).run()
-
-    def _tuned(self, plan: Plan, tuning: Tuning) -> Plan:
-        """`plan` with the timings of the file, unless they are of another kind of group, which its first rank says. Local."""
-        other = tuning.misfit(facts_of(plan, self._facts, self._device))
-        if other is None:
-            return plan.tuned(tuning.timings)
-        if self._bootstrap.rank == 0:
-            notice(f"tuning file {tuning.path!r} is not used by communicator {plan.key}: {other}; write one with commplane tune")
-        return plan
 
     def _difference(self, offers: Sequence[Offer]) -> str | None:
         """How the answers of the ranks' backends differ that were asked for sizes, or None. Collective, once the plans differ."""

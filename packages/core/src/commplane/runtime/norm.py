@@ -5,8 +5,6 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-from commplane.api import QuantFormat
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -33,15 +31,11 @@ def fits(tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bi
 
 def quantizes(tensor: Tensor, how: Quantization) -> bool:
     """Whether a tensor that fits can be quantised that way. Local."""
-    scale, divides = how.scale, _divides(how)
-    return tensor.shape[-1] % divides == 0 and (
+    scale = how.scale
+    return how.misfit(tensor.shape[-1]) is None and (
         scale is None
         or (scale.numel() == 1 and scale.is_floating_point() and scale.itemsize == 4 and scale.device == tensor.device)
     )
-
-
-def _divides(how: Quantization) -> int:
-    return {QuantFormat.FP8_GROUP: how.group, QuantFormat.NVFP4: 16}.get(how.format, 1)
 
 
 def misfit(
@@ -64,8 +58,9 @@ def misfit(
         return f"wants a finite eps of 0 or more, found {eps}: take the model's"
     if how is None or not -inf < weight_bias < inf:
         return f"wants a finite weight_bias, such as 0.0 or 1.0, found {weight_bias}: take the model's"
-    if hidden[0] % _divides(how):
-        return f"wants a hidden size that {_divides(how)} divides for {how.label}, found {hidden[0]}: pad it"
+    reason = how.misfit(hidden[0])
+    if reason is not None:
+        return reason
     assert how.scale is not None
     return (
         f"wants a scale of one float32 on {tensor.device}, found {list(how.scale.shape)} of {how.scale.dtype} on "

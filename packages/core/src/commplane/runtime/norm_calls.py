@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from commplane.api import refuse_overlap
 from commplane.errors import UnsupportedOperation
+from commplane.runtime.calls import Calls
 from commplane.runtime.norm import fits, misfit, quantizes
 
 if TYPE_CHECKING:
@@ -17,19 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["NormCalls"]
 
 
-class NormCalls:
-    """Part of `Communicator`, which has what is only declared here."""
-
-    _table: dict[Any, Callable[..., Any]]
-
-    if TYPE_CHECKING:
-
-        @property
-        def who(self) -> str:
-            """How errors begin."""
-            ...
-
-        def _failed(self, error: Exception, tensor: torch.Tensor | None = None) -> Exception: ...
+class NormCalls(Calls):
+    """Part of `Communicator`."""
 
     def all_reduce_rms_norm(
         self,

@@ -43,7 +43,7 @@ from commplane.runtime.rendezvous import World, find_world
 from commplane.runtime.startup import compare, recorder
 from commplane.runtime.sync import SyncRound
 from commplane.runtime.traced import teach
-from commplane.runtime.tuning import Tuning
+from commplane.runtime.tuning import named
 
 __all__ = ["Plane", "init"]
 
@@ -133,7 +133,7 @@ class Plane:
                 plugins.configure(config.with_options(plugins.options()))
             self.plugins, self.config = plugins, plugins.config
             self.plugins.require(n for n in self.config.backends)
-            self._tuning = None if self.config.tuning is None else Tuning.read(self.config.tuning)
+            self._tuning = named(self.config.tuning)
         except Exception as error:
             # A failure here is this rank's alone; the others are on their way to the first round and are told there.
             self._world.fail(setback(error).text)

@@ -22,7 +22,7 @@ def compare(world: StoreBootstrap, plugins: PluginHost, config: Config, tuning: 
     """
     mine = {
         "plugins": {name: f"{dist} {version}" for name, dist, version in plugins.fingerprint()},
-        "config": {"world_size": world.world_size, "tuning": tuning and tuning.digest, **config.shared()},
+        "config": {"world_size": world.world_size, "tuning": tuning.digest if tuning else config.tuning, **config.shared()},
         "job": new_job() if world.rank == 0 else None,
     }
     everyone = world.gather(mine, what="comparison of plugins and settings")

@@ -1,4 +1,7 @@
-"""The file that ``commplane tune`` writes and the setting ``tuning`` names: timings, and the facts that they belong to."""
+"""The file that ``commplane tune`` writes and the setting ``tuning`` names: timings, and the facts that they belong to.
+
+Files of the same kind are shipped in ``commplane/tunings``, with fewer facts: the device, and how many ranks of one host have it.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from commplane.api import Facts
+from commplane.config import NO_FILE
 from commplane.errors import CommplaneError, ConfigError
-from commplane.select import Plan, Timings
+from commplane.select import Timings
 
-__all__ = ["Tuning", "facts_of"]
+__all__ = ["Tuning", "named", "shipped"]
 
-_VERSION = 1
-
-
-def facts_of(plan: Plan, facts: Facts, device: str) -> dict[str, Any]:
-    """What timings of this group depend on: ranks, how many share each host, device, distributions of the backends. Local."""
-    if device.startswith("cuda"):
-        import torch
-
-        name = torch.cuda.get_device_name(torch.device(device))
-    else:
-        name = f"cpu {facts[plan.key.ranks[0]].machine}"
-    return {
-        "ranks": len(plan.key.ranks),
-        "hosts": [len(host) for host in facts.hosts(plan.key.ranks)],
-        "device": name,
-        "torch": facts[plan.key.ranks[0]].torch,
-        "backends": {c.name: c.dist for c in plan.candidates if c.ready},
-    }
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -52,9 +40,16 @@ class Tuning:
         """
         who = f"tuning file {path!r} named by the setting 'tuning'"
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{who} cannot be read: {error.strerror}: write it with commplane tune --out") from error
+        return cls.parse(text, path, who)
+
+    @classmethod
+    def parse(cls, text: str, path: str, who: str) -> Tuning:
+        """The content of a file that lies at `path` and that errors call `who`. Pure; raises as `read` does."""
+        try:
+            data = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"{who} is not valid JSON: {error}: write it anew with commplane tune --out") from error
         if not isinstance(data, dict) or data.get("version") != _VERSION or not isinstance(data.get("facts"), dict):
@@ -89,6 +84,33 @@ class Tuning:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def misfit(self, found: Mapping[str, Any]) -> str | None:
-        """How the facts of a group differ from those that the timings belong to, or None. Pure."""
-        differ = [k for k in sorted({*self.facts, *found}) if self.facts.get(k) != found.get(k)]
-        return "; ".join(f"{k} was {self.facts.get(k)!r}, here it is {found.get(k)!r}" for k in differ) or None
+        """How the facts of a group differ from those that the timings belong to, or None. Pure.
+
+        A fact that the file does not have may be anything.
+        """
+        mine, theirs = _flat(self.facts), _flat({k: v for k, v in found.items() if k in self.facts})
+        differ = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+        return "; ".join(f"{k} was {mine.get(k)!r}, here it is {theirs.get(k)!r}" for k in differ) or None
+
+
+def _flat(facts: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Facts of facts by their path, such as ``backends.torch.dist``."""
+    out: dict[str, Any] = {}
+    for key, value in facts.items():
+        out |= _flat(value, f"{within}{key}.") if isinstance(value, Mapping) else {f"{within}{key}": value}
+    return out
+
+
+def named(setting: str) -> Tuning | None:
+    """The file that the setting `tuning` names, read; None where it names none. Local; raises as `Tuning.read` does."""
+    return None if setting in NO_FILE else Tuning.read(setting)
+
+
+@cache
+def shipped() -> tuple[Tuning, ...]:
+    """What is shipped, by name. Local; read once."""
+    found = sorted(
+        (f for f in files("commplane").joinpath("tunings").iterdir() if f.name.endswith(".json")), key=lambda f: f.name
+    )
+    texts = ((f"commplane/tunings/{f.name}", f.read_text(encoding="utf-8")) for f in found)
+    return tuple(Tuning.parse(text, path, f"shipped tuning file {path}") for path, text in texts)

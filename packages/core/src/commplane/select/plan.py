@@ -12,7 +12,18 @@ from typing import Any
 from commplane.api import BackendSpec, Capability, Collective, GroupKey, QuantFormat, ReduceOp, SizeRange, Variant
 from commplane.errors import UnsupportedOperation
 from commplane.select.offers import ANY_DTYPE, Offer, of_graphs
-from commplane.select.routes import Route, candidates, compile_routes, has_mean, has_norm, in_class, joined, serves
+from commplane.select.routes import (
+    Route,
+    candidates,
+    compile_routes,
+    has_mean,
+    has_norm,
+    in_class,
+    joined,
+    ruled_out,
+    serves,
+    take,
+)
 from commplane.select.timings import Curve, Timings
 
 __all__ = ["Candidate", "Explanation", "Plan"]
@@ -57,6 +68,8 @@ class Explanation:
     high: int | None = None
     microseconds: float | None = None
     """What `chosen` takes where that was measured."""
+    measured: str = ""
+    """How that was: the hidden size, and where the times are from."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -67,12 +80,13 @@ class Explanation:
             "algorithm": self.algorithm or None,
             "bytes": bytes_,
             "others": dict(self.others),
-            **({} if self.microseconds is None else {"microseconds": round(self.microseconds, 2)}),
+            **({} if self.microseconds is None else {"microseconds": round(self.microseconds, 2), "measured": self.measured}),
         }
 
     def __str__(self) -> str:
         how = f" {self.algorithm}, {self.low} <= bytes < {self.high or 'inf'}" if self.algorithm else ""
         how += f", {self.microseconds:.1f} us" if self.microseconds is not None else ""
+        how += f" ({self.measured})" if self.measured else ""
         lines = [f"{self.question}: {self.chosen or 'nothing in the plan serves this'}{how}"]
         lines.extend(f"  not {name}: {reason}" for name, reason in self.others)
         return "\n".join(lines)
@@ -131,6 +145,19 @@ class Plan:
         for r in candidates(self.specs, collective, op, dtype, self.numerics, self.offers, capturing=capturing):
             out.setdefault(r.candidate, []).append(r)
         return {label: joined(sorted(routes, key=lambda r: r.low)) for label, routes in out.items()}
+
+    def lacks(self, other: Plan) -> str | None:
+        """A call and sizes that `other`, of the same backends, runs and this plan does not; None if there are none."""
+        for capturing in (False, True):
+            for r in other._routes(capturing):
+                free = [(r.low, r.high)]
+                for mine in self.serving(r.collective, r.op, r.dtype, capturing=capturing):
+                    free = take(free, mine.low, mine.high)[1]
+                for low, high in free:
+                    dtype = "any other dtype" if r.dtype == ANY_DTYPE else r.dtype
+                    size = f"{low} <= bytes{'' if high is None else f' < {high}'}"
+                    return f"{r.collective}{'' if r.op is None else f' {r.op}'} of {dtype}, {size}"
+        return None
 
     def only(self, routes: Sequence[Route]) -> Plan:
         """These backends with these routes alone, to try one way out. Pure."""
@@ -197,17 +224,20 @@ class Plan:
         specs = {s.name: s for s in self.specs}
         others = []
         shown = set()
-        for label, ways in self.ways(kind, reduction, name, capturing=graph).items() if curves else ():
-            if label in curves and (route is None or label != route.candidate):
+        timings = self.timings or Timings()
+        for label, ways in self.ways(kind, reduction, name, capturing=graph).items() if timings.curves else ():
+            failed = ruled_out(ways[0], timings, capturing=graph and self.captured is not None)
+            if (label in curves or failed is not None) and (route is None or label != route.candidate):
                 shown.add(label)
-                others.append((_named(ways[0]), self._slower(ways, curves[label], route, curves, nbytes)))
+                others.append((_named(ways[0]), self._slower(ways, failed, route, curves, nbytes)))
         for c in self.candidates:
             if (route is not None and route.part is None and c.name == route.backend) or c.name in shown:
                 continue
             if not c.ready:
                 reason = f"{c.state}: {c.reason}"
             elif route is not None:
-                reason = self._why_not(specs[c.name], kind, reduction, name, nbytes, graph) or f"{route.how} comes before it"
+                before = f"{'was not measured, and ' if curves else ''}{route.how} comes before it"
+                reason = self._why_not(specs[c.name], kind, reduction, name, nbytes, graph) or before
             else:
                 reason = self._why_not_at_all(specs[c.name], kind, reduction, name, nbytes, graph)
             others.append((c.name, reason))
@@ -216,26 +246,34 @@ class Plan:
         if route is None:
             return Explanation(what, None, tuple(others))
         curve = curves.get(route.candidate)
-        us = None if curve is None or not curve.points else curve.at(nbytes)
+        us, measured = (curve.at(nbytes), curve.measured) if curve is not None and curve.points else (None, "")
         if route.part is None:
-            return Explanation(what, route.backend, tuple(others), route.algorithm, route.low, route.high, us)
-        return Explanation(what, route.how, tuple(others), microseconds=us)
+            return Explanation(what, route.backend, tuple(others), route.algorithm, route.low, route.high, us, measured)
+        return Explanation(what, route.how, tuple(others), microseconds=us, measured=measured)
 
     def _curves(self, collective: Collective, op: Variant | None, dtype: str, graph: bool) -> Mapping[str, Curve]:
         if self.timings is None:
             return {}
         return self.timings.of(collective, op, dtype, graph=graph and self.captured is not None)
 
-    def _slower(self, ways: Sequence[Route], curve: Curve, chosen: Route | None, curves: Mapping[str, Curve], nbytes: int) -> str:
-        """Why a measured way to run a call is not the chosen one."""
-        if curve.failed:
-            return f"failed when it was tuned: {curve.failed}"
+    def _slower(
+        self, ways: Sequence[Route], failed: Curve | None, chosen: Route | None, curves: Mapping[str, Curve], nbytes: int
+    ) -> str:
+        """Why a way to run a call that was measured, or failed, is not the chosen one."""
+        if failed is not None and nbytes >= failed.failed_from:
+            what = "" if failed.collective == ways[0].collective else f" as {failed.collective}"
+            return f"failed{what} when it was tuned: {failed.failed}"
         if _serving(ways, nbytes) is None:
             return f"does not serve {nbytes} bytes"
+        curve = curves.get(ways[0].candidate)
+        if curve is None or not curve.points:
+            return f"was not measured at {nbytes} bytes"
         mine = f"{curve.at(nbytes):.1f} us at {nbytes} bytes"
         best = None if chosen is None else curves.get(chosen.candidate)
-        if chosen is None or best is None or not best.points:
+        if chosen is None:
             return mine
+        if best is None or not best.points:
+            return f"{mine}, {chosen.how} comes before it and was not measured"
         what = chosen.backend if chosen.part is None else f"the pair of {chosen.backend} and torch"
         return f"{mine}, {what} takes {best.at(nbytes):.1f}"
 
@@ -266,9 +304,6 @@ class Plan:
         """One line for each backend, algorithm and range of sizes: what of `collective` runs there."""
         served: dict[tuple[str, int, int | None], tuple[set[str], set[str]]] = {}
         routes = [r for r in self._routes(capturing) if r.collective is collective]
-        measured = self.timings is not None and self.timings.dtypes(collective)
-        if collective is Collective.ALL_REDUCE_RMS_NORM_QUANT and not measured and all(r.part is not None for r in routes):
-            return []  # in every format what the norm is, and torch
         for r in routes:
             ops, dtypes = served.setdefault((r.label if r.part is None else r.how, r.low, r.high), (set(), set()))
             ops.add(str(r.op))

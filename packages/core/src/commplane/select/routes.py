@@ -11,7 +11,19 @@ from commplane.select.fastest import Runner, fastest
 from commplane.select.offers import ANY_DTYPE, Offer
 from commplane.select.timings import Curve, Timings
 
-__all__ = ["Route", "candidates", "compile_routes", "has_mean", "has_norm", "in_class", "joined", "parts_of", "serves", "take"]
+__all__ = [
+    "Route",
+    "candidates",
+    "compile_routes",
+    "has_mean",
+    "has_norm",
+    "in_class",
+    "joined",
+    "parts_of",
+    "ruled_out",
+    "serves",
+    "take",
+]
 
 _COMPOSED = {Collective.ALL_REDUCE: "composed", Collective.ALL_REDUCE_RMS_NORM: "composed_norm"}
 
@@ -108,8 +120,9 @@ def compile_routes(
     """Cut the sizes of each (collective, op, dtype) into ranges. Pure.
 
     Ranges, not one threshold a backend: the best candidate is not monotone in size. A backend covers what its spec says, and of
-    that only what it offers where it has an offer. Where candidates were measured, the fastest of those that cover a size has
-    it. What is left goes to the first backend that has the collective whole, and after these to what its part's routes name.
+    that only what it offers where it has an offer. In the order of preference come backends that have the collective whole,
+    and after these what its part's routes name. The first that covers a size has it; where that one was measured, the fastest
+    of all that were.
     """
     timings = timings or Timings()
     out: dict[tuple[Collective, Variant | None, str], list[Route]] = {}
@@ -122,11 +135,7 @@ def compile_routes(
         for op in collective.variants:
             for dtype in dtypes:
                 curves = timings.of(collective, op, dtype, graph=capturing)
-                ways = [
-                    r
-                    for r in candidates(specs, collective, op, dtype, numerics, offers, capturing=capturing)
-                    if r.candidate not in curves or not curves[r.candidate].failed
-                ]
+                ways = candidates(specs, collective, op, dtype, numerics, offers, capturing=capturing)
                 possible = {r.candidate for r in ways}
                 as_parts_go = [
                     way
@@ -136,10 +145,31 @@ def compile_routes(
                 ]
                 whole = [r for r in ways if r.part is None]
                 made = [r for r in ways if r.part is not None]  # left where the routes of the parts give what failed here
-                order = [*_by_time(ways, curves), *whole, *as_parts_go, *made]
-                out[collective, op, dtype] = joined(sorted(_first_come(order), key=lambda r: r.low))
+                order = _right([*whole, *as_parts_go, *made], timings, capturing)
+                out[collective, op, dtype] = joined(sorted(_first_come(_by_time(order, curves)), key=lambda r: r.low))
     routes = (r for of_one in out.values() for r in of_one)
     return tuple(sorted(routes, key=lambda r: (str(r.collective), str(r.op), r.dtype, r.low)))
+
+
+def ruled_out(way: Route, timings: Timings, *, capturing: bool = False) -> Curve | None:
+    """The curve that says from which size on a way must not run: its own, or that of what it is made of. Pure."""
+    found = [timings.of(way.collective, way.op, way.dtype, graph=capturing).get(way.candidate)]
+    if way.part is not None:
+        within = parts_of(way.collective)[0]
+        inner = replace(way, collective=within[0], op=within[1], part=None if way.part is within[0] else way.part)
+        found.append(ruled_out(inner, timings, capturing=capturing))
+    failed = [curve for curve in found if curve is not None and curve.failed]
+    return min(failed, key=lambda curve: curve.failed_from, default=None)
+
+
+def _right(ways: Iterable[Route], timings: Timings, capturing: bool) -> list[Route]:
+    """Of these, the sizes at which nothing has failed."""
+    out: list[Route] = []
+    for r in ways:
+        failed = ruled_out(r, timings, capturing=capturing)
+        spans = [(r.low, r.high)] if failed is None else take([(r.low, r.high)], 0, failed.failed_from)[0]
+        out.extend(replace(r, low=low, high=high) for low, high in spans)
+    return out
 
 
 def candidates(
@@ -195,20 +225,28 @@ def _covered(
     return [SizeRange(low, high)] if offered is None else _within(offered, low, high)
 
 
-def _by_time(ways: Sequence[Route], curves: Mapping[str, Curve]) -> list[Route]:
-    """Parts of `ways` that have curves with points: at each size of the fastest one."""
+def _by_time(order: Sequence[Route], curves: Mapping[str, Curve]) -> list[Route]:
+    """The same order with the fastest of all measured ways in place of each measured one, at the sizes that this one covers."""
+    measured = {label: curve for label, curve in curves.items() if curve.points}
     runners = [
-        Runner(curves[label], tuple((r.low, r.high) for r in ways if r.candidate == label))
-        for label in dict.fromkeys(r.candidate for r in ways)
-        if label in curves and curves[label].points
+        Runner(measured[label], tuple((r.low, r.high) for r in order if r.candidate == label))
+        for label in dict.fromkeys(r.candidate for r in order)
+        if label in measured
     ]
-    return [
+    best = [
         replace(r, low=a, high=b)
         for (low, high), runner in fastest(runners)
-        for r in ways
+        for r in order
         if r.candidate == runner.curve.candidate
         for a, b in take([(r.low, r.high)], low, high)[0]
     ]
+    out: list[Route] = []
+    for r in order:
+        if r.candidate in measured:
+            out.extend(replace(b, low=x, high=y) for b in best for x, y in take([(b.low, b.high)], r.low, r.high)[0])
+        else:
+            out.append(r)
+    return out
 
 
 def _first_come(order: Iterable[Route]) -> list[Route]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import inf, isfinite, log2
@@ -37,6 +37,9 @@ class Curve:
         candidate: its label, as above.
         points: bytes of a rank's tensor and microseconds of the slowest rank, sizes ascending.
         failed: why it must not run, such as a wrong result; empty for one that may.
+        failed_from: bytes from which on it must not; 0 after a wrong result.
+        hidden: last dimension of the tensors it was measured with; 0 where that means nothing. Others may take other times.
+        source: for people, where the times are from; empty for what the group itself has measured.
     """
 
     collective: str
@@ -46,11 +49,16 @@ class Curve:
     candidate: str
     points: tuple[tuple[int, float], ...] = ()
     failed: str = ""
+    failed_from: int = 0
+    hidden: int = 0
+    source: str = ""
 
     def __post_init__(self) -> None:
         sizes = [n for n, _ in self.points]
         if sizes != sorted(set(sizes)) or any(n < 0 for n in sizes):
             raise ValueError(f"points of {self.candidate} want ascending sizes of 0 or more, found {sizes}")
+        if self.failed and any(n >= self.failed_from for n in sizes):
+            raise ValueError(f"{self.candidate} failed from {self.failed_from} bytes on and wants no point there, found {sizes}")
         if not all(isfinite(us) and us > 0 for _, us in self.points):
             raise ValueError(f"points of {self.candidate} want times above 0, found {[us for _, us in self.points]}")
 
@@ -58,6 +66,12 @@ class Curve:
     def key(self) -> Key:
         """What it is a candidate of."""
         return self.collective, self.variant, self.dtype, self.graph
+
+    @property
+    def measured(self) -> str:
+        """For people: the hidden size of the tensors, and where the times are from; empty where nothing is to be said."""
+        hidden = f"hidden {self.hidden}" if self.hidden else ""
+        return ", ".join(text for text in (hidden, self.source) if text)
 
     def at(self, nbytes: int) -> float:
         """Microseconds at a size: on a line over the logarithm of the bytes, outside of the points those of the nearest one."""
@@ -73,8 +87,9 @@ class Curve:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the names of the attributes."""
         points = [[n, us] for n, us in self.points]
-        out = {"collective": self.collective, "variant": self.variant, "dtype": self.dtype, "graph": self.graph}
-        return {**out, "candidate": self.candidate, "points": points, "failed": self.failed}
+        out: dict[str, Any] = {"collective": self.collective, "variant": self.variant, "dtype": self.dtype, "graph": self.graph}
+        out |= {"candidate": self.candidate, "hidden": self.hidden, "points": points}
+        return out | {"failed": self.failed, "failed_from": self.failed_from, "source": self.source}
 
     @classmethod
     def from_json(cls, value: Any) -> Curve:
@@ -83,7 +98,7 @@ class Curve:
         Raises:
             ValueError: it is no such object.
         """
-        wanted = {"collective": str, "dtype": str, "graph": bool, "candidate": str, "points": list, "failed": str}
+        wanted = {"collective": str, "dtype": str, "graph": bool, "candidate": str, "points": list, "failed": str, "source": str}
         for name, kind in wanted.items():
             if not isinstance(value, Mapping) or not isinstance(value.get(name), kind):
                 raise ValueError(f"a curve wants {name!r} as {kind.__name__}, found {value!r:.200}")
@@ -92,13 +107,17 @@ class Curve:
             raise ValueError(f"a curve wants one of {', '.join(Collective)}, found {collective!r}")
         if variant not in {v and str(v) for v in Collective(collective).variants}:
             raise ValueError(f"a curve of {collective} wants one of its variants, found {variant!r}")
+        for name in ("failed_from", "hidden"):
+            if not _whole(value.get(name)) or value[name] < 0:
+                raise ValueError(f"a curve wants {name!r} as a whole number of 0 or more, found {value.get(name)!r}")
         points = value["points"]
         if not all(isinstance(p, Sequence) and len(p) == 2 and _whole(p[0]) and _number(p[1]) for p in points):
             raise ValueError(f"a curve wants points of whole bytes and microseconds, found {points!r:.200}")
         if not points and not value["failed"]:
             raise ValueError(f"the curve of {value['candidate']} wants a point, or why it failed, found neither")
         measured = tuple((n, float(us)) for n, us in points)
-        return cls(collective, variant, value["dtype"], value["graph"], value["candidate"], measured, value["failed"])
+        named = {name: value[name] for name in ("dtype", "graph", "candidate", "failed", "failed_from", "hidden", "source")}
+        return cls(collective, variant, points=measured, **named)
 
 
 def _whole(value: Any) -> bool:
@@ -136,6 +155,10 @@ class Timings:
         """
         key = (str(collective), variant and str(variant), dtype)
         return self._by_key.get((*key, graph)) or self._by_key.get((*key, not graph), {})
+
+    def said_by(self, source: str) -> Timings:
+        """The same, from there."""
+        return Timings(tuple(replace(c, source=source) for c in self.curves))
 
     def dtypes(self, collective: Collective) -> set[str]:
         """Those that something was measured in."""
