@@ -69,7 +69,7 @@ class Hierarchical(CommBackend):
         """What the inner groups need for it. Collective."""
         need = [r for r in requirements if r.collective is Collective.ALL_REDUCE]
         parts = (Collective.ALL_REDUCE, Collective.ALL_GATHER, Collective.BROADCAST)
-        inner = [Requirement(part, r.dtype, min(r.max_bytes, ways.PIECE)) for r in need for part in parts]
+        inner = [Requirement(part, r.dtype, r.max_bytes) for r in need for part in parts]
         built: list[Workspace] = []
         try:
             for group in (self._inside, self._between):

@@ -6,7 +6,7 @@
     shards    all_reduce inside each host; each rank meets its counterparts for a part; each broadcasts its part inside
 
 Both send as little between hosts as there can be, where a flat ring over the ranks of two hosts of k sends 2 - 1/k times as much.
-Messages go in pieces that stay in the cache between the steps. Shards use as many connections between two hosts as one has ranks.
+Shards use as many connections between two hosts as one has ranks.
 Between two hosts what is small is told in turns, the first host first, and each combines the two in that order, which takes half
 as many steps as the transport's own all-reduce. All else goes by that. Calls allocate nothing.
 """
@@ -24,13 +24,10 @@ from commplane.backends.hierarchical.losses import BetweenHosts
 from commplane.backends.hierarchical.shape import Shape
 from commplane.errors import ConfigError, PeerError
 
-__all__ = ["PIECE", "Way", "bound", "chosen"]
+__all__ = ["Way", "bound", "chosen"]
 
 Way = Callable[[Tensor], object]
 """Reduces its argument in place."""
-
-PIECE = 1 << 20
-"""Bytes that go through all steps before the next: of 256 KiB to all at once the fastest, see docs/several-hosts.md."""
 
 TURNS_BELOW = 256 << 10
 """Bytes below which two hosts tell each other in turns: beyond, both directions at once are faster than fewer steps."""
@@ -90,16 +87,7 @@ def bound(
     else:
         reduce, spread = call(inside, Collective.ALL_REDUCE, True), call(inside, Collective.BROADCAST)
         way = (_leaders if algorithm == "leaders" else _shards)(shape, reduce, meet, spread)
-    piece = PIECE // dtype.itemsize
-
-    def reduce_in_pieces(flat: Tensor) -> None:
-        if flat.numel() <= piece:
-            way(flat)
-        else:
-            for at in range(0, flat.numel(), piece):
-                way(flat[at : at + piece])
-
-    return reduce_in_pieces
+    return way
 
 
 def _meeting(call: Callable[..., Any], between: InnerGroup, op: ReduceOp, dtype: torch.dtype, divisor: int) -> Way:
