@@ -150,10 +150,12 @@ def steps(
     """What to measure, in order; sizes that come to the same number of elements once. Local.
 
     Raises:
-        ConfigError: a dtype that torch does not have, or that the collective does not take.
+        ConfigError: a dtype that torch does not have, or that the collective does not take; a collective that is not measured here.
     """
     import torch
 
+    if Collective.ALL_REDUCE_RMS_NORM_QUANT in collectives:
+        raise ConfigError("bench: all_reduce_rms_norm_quant is measured by commplane tune --op FORMAT, leave it out here")
     unknown = [d for d in dtypes if not isinstance(getattr(torch, d, None), torch.dtype)]
     if unknown:
         raise ConfigError(f"bench: torch has no dtype {', '.join(unknown)}")
