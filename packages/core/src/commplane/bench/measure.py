@@ -150,7 +150,8 @@ def steps(
     """What to measure, in order; sizes that come to the same number of elements once. Local.
 
     Raises:
-        ConfigError: a dtype that torch does not have, or that the collective does not take; a collective that is not measured here.
+        ConfigError: a dtype that torch does not have, or that the collective does not take; a collective that is not measured
+            here.
     """
     import torch
 

@@ -45,6 +45,9 @@ _SIZES = "64,1K,8K,64K,256K,1M,4M,16M"
 _OVERHEAD_SIZE = 64
 _STARTUP_RANKS = "8,64,512,1024"
 
+# The quantised norm is measured by `commplane tune`, which proves it first.
+_MEASURED = [c for c in Collective if c is not Collective.ALL_REDUCE_RMS_NORM_QUANT]
+
 
 def add_commands(commands: Any) -> None:
     """Define ``bench``."""
@@ -55,7 +58,7 @@ def add_commands(commands: Any) -> None:
         type=_collectives,
         default=[Collective.ALL_REDUCE],
         metavar="LIST",
-        help=f"of {', '.join(Collective)} (default all_reduce)",
+        help=f"of {', '.join(_MEASURED)} (default all_reduce)",
     )
     parser.add_argument("--op", default="sum", choices=[str(op) for op in ReduceOp], help="reduction (default sum)")
     parser.add_argument("--out-of-place", action="store_true", help="all_reduce into a new tensor")
@@ -134,9 +137,9 @@ def _names(text: str) -> list[str]:
 
 def _collectives(text: str) -> list[Collective]:
     words = _words(text, "collective")
-    unknown = [word for word in words if word not in Collective._value2member_map_]
+    unknown = [word for word in words if word not in _MEASURED]
     if unknown:
-        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(Collective)}, found {', '.join(unknown)}")
+        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(_MEASURED)}, found {', '.join(unknown)}")
     return [Collective(word) for word in dict.fromkeys(words)]
 
 
