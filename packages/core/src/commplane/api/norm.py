@@ -93,9 +93,8 @@ def _rounds_once(device: str) -> bool:
     import torch
 
     if device != "cpu":  # not tried out, as this may be asked inside of a capture: one kernel does all, or a row of them
-        return hasattr(torch.ops.aten, "_fused_rms_norm") and torch._C._dispatch_has_kernel_for_dispatch_key(
-            "aten::_fused_rms_norm", device.upper()
-        )
+        fused = device == "cuda" and hasattr(torch.ops.aten, "_fused_rms_norm")
+        return fused and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "CUDA")
     v = torch.tensor([1.0, 5.0], dtype=torch.bfloat16, device="cpu")  # where it makes a difference
     wanted = (v.float() * v.float().square().mean().rsqrt() * 7.0).bfloat16()
     return torch.equal(torch.rms_norm(v, v.shape, torch.full_like(v, 7.0), 0.0), wanted)
