@@ -237,7 +237,9 @@ def check_ddp(rank: int) -> None:
         assert found == wanted, options
         assert all(torch.equal(a, b) for a, b in zip(weights, also, strict=True)), options
         seen.append(found[-1])
-    assert seen[0] != steps(Mlp(), torch.optim.SGD(Mlp().parameters(), lr=0.1), batches(rank, 4))[-1]
+    alone = Mlp()
+    losses = steps(alone, torch.optim.SGD(alone.parameters(), lr=0.1), batches(rank, 4))
+    assert losses[-1] != losses[0] and seen[0] != losses[-1]  # it learns, and by the other rank's gradients too
 
 
 def test_ddp_trains_to_the_weights_that_it_has_over_gloo(pair: World) -> None:

@@ -191,6 +191,35 @@ def test_tensors_of_inference_mode_may_be_written_to(pair: World) -> None:
     pair.run(check_inference)
 
 
+def check_inference_on_one_rank(rank: int) -> None:
+    """As a model's output that is sent to ranks which made an empty tensor for it."""
+    for modal in (0, 1):
+        for cut in (False, True):
+            for later in (False, True):
+                for what in ("broadcast from 0", "broadcast from 1", "all_reduce", "all_gather"):
+                    with torch.inference_mode(mode=rank == modal):
+                        tensor, gathered = data(rank, torch.float32), torch.zeros(48)
+                        tensor = tensor.view(4, 6).t() if cut else tensor
+                    said = [t.clone() for t in (data(0, torch.float32), data(1, torch.float32))]
+                    said = [t.view(4, 6).t() for t in said] if cut else said
+                    if what == "all_reduce":
+                        work = dist.all_reduce(tensor, async_op=later)
+                    elif what == "all_gather":
+                        work = dist.all_gather_into_tensor(gathered, tensor.contiguous(), async_op=later)
+                    else:
+                        work = dist.broadcast(tensor, int(what[-1]), async_op=later)
+                    if later:
+                        work.wait()
+                    if what == "all_gather":
+                        same(gathered, torch.cat([s.reshape(-1) for s in said]), what)
+                    else:
+                        same(tensor, said[0] + said[1] if what == "all_reduce" else said[int(what[-1])], f"{what} {modal} {later}")
+
+
+def test_a_tensor_of_inference_mode_on_one_rank_meets_a_plain_one_on_another(pair: World) -> None:
+    pair.run(check_inference_on_one_rank)
+
+
 def check_aliases(rank: int) -> None:
     n = dist.get_world_size()
     group = dist.group.WORLD

@@ -276,8 +276,12 @@ def _all_gather(side: Side, source: torch.Tensor) -> torch.Tensor:
 
 
 def _broadcast(side: Side, tensor: torch.Tensor, root: int) -> None:
-    if side.broadcast[tensor.dtype] is tensor.dtype and not tensor.is_inference():
-        side.communicator.broadcast(tensor, root)
+    # As what it travels is a matter of the dtype alone: one rank may have a tensor of inference mode, and another has not.
+    if side.broadcast[tensor.dtype] is tensor.dtype:
+        if tensor.is_inference():
+            write(tensor, side.communicator.broadcast(flat(tensor).clone(), root).view(tensor.shape))
+        else:
+            side.communicator.broadcast(tensor, root)
         return
     own = flat(tensor)
     side.communicator.broadcast(bytes_of(own), root)

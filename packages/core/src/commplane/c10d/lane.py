@@ -59,10 +59,12 @@ class Lane:
             return call(*args)
 
     def queue(self, call: Callable[[], Any]) -> Job:
-        """Run `call` after all others, some time from now."""
+        """Run `call` after all others, some time from now; on a closed lane now, in this thread, so that its future ends too."""
         job = Job(call)
         self._jobs.append(job)
-        if not self._watching:
+        if self._closed:  # looked at after the job is there: `_watch` looks for jobs once more after it has seen the end
+            self.drain()
+        elif not self._watching:
             self._call_helper()
         return job
 
@@ -86,7 +88,7 @@ class Lane:
             self._lock.release()
 
     def close(self) -> None:
-        """Let the helper end. Idempotent."""
+        """Let the helper run what is queued, and end. Idempotent."""
         self._closed = True
         self._wake.set()
 
@@ -131,9 +133,10 @@ class Lane:
                 idle += 1
             else:
                 self._watching = False
-                if not self._jobs:
+                if not self._jobs and not self._closed:  # the event may have been spent on the wait above
                     self._wake.wait()
                 self._watching, idle = True, 0
+        self.drain()  # what was queued before the end: each of them has somebody who waits, or a future
 
 
 def _help(lane: Lane) -> None:
