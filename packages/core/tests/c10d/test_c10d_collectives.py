@@ -213,7 +213,9 @@ def check_inference_on_one_rank(rank: int) -> None:
                     if what == "all_gather":
                         same(gathered, torch.cat([s.reshape(-1) for s in said]), what)
                     else:
-                        same(tensor, said[0] + said[1] if what == "all_reduce" else said[int(what[-1])], f"{what} {modal} {later}")
+                        same(
+                            tensor, said[0] + said[1] if what == "all_reduce" else said[int(what[-1])], f"{what} {modal} {later}"
+                        )
 
 
 def test_a_tensor_of_inference_mode_on_one_rank_meets_a_plain_one_on_another(pair: World) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from c10d_world import World
 
 from commplane.c10d import communicator_of
-from commplane.errors import CommunicatorError
+from commplane.errors import CommunicatorError, PeerError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -67,8 +69,6 @@ def check_under_gloo(rank: int) -> tuple[int, ...]:
 
 
 def lose_a_member(rank: int) -> list[int]:
-    from commplane.errors import PeerError
-
     if rank == 0:
         return []
     if rank == 2:
@@ -100,6 +100,71 @@ def test_split_group_makes_a_group_of_the_ranks_that_are_named(four: World) -> N
     if not hasattr(dist.ProcessGroup, "split_group"):
         pytest.skip("wants torch 2.8 or newer: older ones have no split_group of a group")
     four.run(check_split)
+
+
+def drop_on_one_rank(rank: int) -> list[str]:
+    """Rank 0 loses its group to the collector while rank 1 is elsewhere, and holds it."""
+    group = dist.group.WORLD.split_group([0, 1], group_name="dropped")
+    x = torch.ones(1)
+    group.allreduce([x]).wait()
+    users, said = dist.group.WORLD.ground._users, []
+    if rank == 0:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del group
+            gc.collect()
+        said = [str(w.message) for w in caught if w.category is ResourceWarning and "process group" in str(w.message)]
+        assert dist.group.WORLD.ground._users == users - 1
+    dist.all_reduce(x)
+    assert x.item() == 4
+    if rank == 1:
+        with pytest.raises(PeerError, match="rank 0"):
+            group.allreduce([x]).wait()
+        group.abort()
+    return said
+
+
+def test_a_group_that_one_rank_drops_ends_there_and_leaves_the_default_group_alone() -> None:
+    if not hasattr(dist.ProcessGroup, "split_group"):
+        pytest.skip("wants torch 2.8 or newer: older ones have no split_group of a group")
+    with World(2) as world:
+        assert world.run(drop_on_one_rank) == [["process group dropped was never shut down"], []]
+
+
+def fail_to_make(rank: int) -> list[str]:
+    from commplane.c10d import group as groups
+
+    users = dist.group.WORLD.ground._users
+    said: list[str] = []
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda found: said.append(f"{found.exc_value!r} in {found.object!r}")
+
+    def refuses(*_: object) -> None:
+        raise RuntimeError("no connection")
+
+    was = {name: getattr(groups.fallback, name) for name in ("gloo", "nccl")}
+    try:
+        for name in was:
+            setattr(groups.fallback, name, refuses)
+            with pytest.raises(RuntimeError, match="no connection"):
+                dist.new_group([0, 1])
+            gc.collect()
+            setattr(groups.fallback, name, was[name])
+    finally:
+        sys.unraisablehook = before
+    assert dist.group.WORLD.ground._users == users
+    x = torch.ones(1)
+    dist.all_reduce(x)  # the plane is still there
+    again = dist.new_group([0, 1])
+    dist.all_reduce(x, group=again)
+    assert x.item() == 4
+    dist.destroy_process_group(again)
+    return said
+
+
+def test_a_group_that_could_not_be_made_leaves_the_plane_as_it_was_and_says_nothing_else() -> None:
+    with World(2) as world:
+        assert world.run(fail_to_make) == [[], []]
 
 
 def check_name_and_devices(rank: int) -> None:

@@ -183,6 +183,29 @@ def test_collectives_in_a_coalescing_manager_end_with_it(pair: World) -> None:
     pair.run(check_coalescing)
 
 
+def check_coalescing_over_gloo(rank: int) -> None:
+    """Rank 1 comes late: what Gloo does in the manager has ended with its work, and not before."""
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    mine, theirs, product = torch.full((4,), float(rank)), torch.full((4,), -1.0), torch.full((4,), 3.0)
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.PRODUCT
+    options.asyncOp = True
+    if rank == 1:
+        time.sleep(0.3)
+    with _coalescing_manager(device=torch.device("cpu"), async_ops=True) as manager:
+        dist.isend(mine, 1 - rank)
+        dist.irecv(theirs, 1 - rank)
+        dist.group.WORLD.allreduce([product], options)
+    manager.wait()
+    assert theirs.tolist() == [1.0 - rank] * 4 and product.tolist() == [9.0] * 4
+
+
+@in_background
+def test_what_goes_to_gloo_in_a_coalescing_manager_ends_with_it(pair: World) -> None:
+    pair.run(check_coalescing_over_gloo)
+
+
 def check_point_to_point(rank: int) -> None:
     """What no communicator has goes to Gloo: also while a collective waits in the background."""
     peer = 1 - rank

@@ -1,8 +1,8 @@
-"""`batch_isend_irecv` over a backend that has to be told where a batch begins and ends, which is NCCL.
+"""Calls that belong together, over torch's own backends: NCCL has to be told where a batch begins and ends, Gloo has no batches.
 
-Without that, two ranks that each send first and then receive wait for each other. Since 2.11 torch tells its own class of process
-group alone, so here the batch is found where it is made: in the frame of torch's function, whose argument says how many calls
-belong to it.
+Without that, in `batch_isend_irecv`, two ranks that each send first and then receive wait for each other. Since 2.11 torch tells
+its own class of process group alone, so here the batch is found where it is made: in the frame of torch's function, whose
+argument says how many calls belong to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["PeerCalls"]
+__all__ = ["Kept", "PeerCalls"]
 
 _BATCH = inspect.unwrap(dist.batch_isend_irecv).__code__
 _DEPTH = 6
@@ -48,6 +48,29 @@ class PeerCalls:
                 self._batch = None
                 work = backend._end_coalescing()
         return work if self._batch is None else None
+
+
+class Kept:
+    """A backend of torch's whose works are put on a list, for one that has no batches of its own. Local.
+
+    Args:
+        backend: Gloo.
+        works: the list.
+    """
+
+    def __init__(self, backend: Any, works: list[Any]) -> None:
+        self._backend = backend
+        self._works = works
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation = getattr(self._backend, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            work = operation(*args, **named)
+            self._works.append(work)
+            return work
+
+        return call
 
 
 def _batch_frame() -> FrameType | None:

@@ -78,7 +78,7 @@ class Collectives:
                 write(tensor, torch.view_as_complex(side.communicator.all_reduce(parts, op)).view(tensor.shape))
 
             return self._do(side, call, tensors, opts)
-        return side.fallback.allreduce(tensors, opts)
+        return self._torch(tensor).allreduce(tensors, opts)
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = _COALESCED, *_: Any, **named: Any) -> Any:
         """Several tensors in place, in one collective for each dtype: two that share memory are summed once."""
@@ -233,7 +233,10 @@ class Collectives:
         return self._do(side, lambda: _broadcast(side, tensor, root), tensors, opts)
 
     def barrier(self, opts: Any = _BARRIER, *_: Any, **__: Any) -> Any:
-        """Return when every rank has come here, and this rank's calls before it have ended."""
+        """Return when every rank has come here, and this rank's calls on the communicator before it have ended.
+
+        What is in the background of Gloo, such as an asynchronous `PRODUCT`, is not waited for.
+        """
         if opts.__class__ is not torch_c10d.BarrierOptions:
             opts = _BARRIER
         if "cuda" in self._sides:

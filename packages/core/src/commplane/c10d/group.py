@@ -8,6 +8,7 @@ without torch's dispatcher. C++ (functional collectives, DDP's reducer) reaches 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from commplane.c10d import fallback
-from commplane.c10d.batches import PeerCalls
+from commplane.c10d.batches import Kept, PeerCalls
 from commplane.c10d.collectives import Collectives
 from commplane.c10d.ground import Ground
 from commplane.c10d.lane import Lane
@@ -30,6 +31,9 @@ _ProcessGroup: Any = dist.ProcessGroup  # its methods have several signatures ea
 
 _LONGEST = 999_999.0
 """Seconds: the longest timeout that a setting takes; torch's may be longer."""
+
+_IS_TOLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
+"""Whether torch tells a group that it is destroyed; before, it drops it."""
 
 _ABORTS = 5.0
 """Seconds in which a call that was told to give up does so."""
@@ -72,22 +76,24 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         self._works: list[Any] | None = None
         self._cuda_is_ours: bool | None = None
         self._peers = PeerCalls()
-        self._open = True
+        self._open = False  # until the last line: whoever made it releases the ground where this fails
+        self._nccl: Any = None
         self._lane = Lane(f"c10d {name}")
         try:
             self._cpu = self._new_side(torch.device("cpu"), self._lane)
             # After the communicator, which has shown that all ranks can be reached, and has a vote where one cannot.
-            self._cpu.fallback = fallback.gloo(store, self.ranks, rank, name, timeout, ground.plane.config.startup)
+            gloo = fallback.gloo(store, self.ranks, rank, name, timeout, ground.plane.config.startup)
+            self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+            if hasattr(self, "_set_default_backend"):
+                self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+            self._nccl = fallback.nccl(store, self.ranks, rank, name, timeout, backend_options)
+            if self._nccl is not None:
+                self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, self._nccl)
         except BaseException:
             for side in self._sides.values():
                 side.communicator._close(wait=False)
             raise
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._cpu.fallback)
-        if hasattr(self, "_set_default_backend"):
-            self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-        self._nccl = fallback.nccl(store, self.ranks, rank, name, timeout, backend_options)
-        if self._nccl is not None:
-            self._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, self._nccl)
+        self._open = True
 
     # What the group has for which tensors.
 
@@ -121,9 +127,7 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
             return self._cpu  # which a shut down group has no more
         if device != "cuda" or self._nccl is None or not self._serves_cuda():
             return None
-        side = self._new_side(tensor.device, None)
-        side.fallback = self._nccl
-        return side
+        return self._new_side(tensor.device, None)
 
     def _serves_cuda(self) -> bool:
         """Whether CUDA is ours in ``init_process_group(backend)``: not in ``cpu:commplane,cuda:nccl``. Equal on all ranks."""
@@ -134,7 +138,8 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
 
     def _torch(self, tensor: torch.Tensor) -> Any:
         """The backend of torch's own for a tensor."""
-        return self._get_backend(tensor.device)
+        backend = self._get_backend(tensor.device)
+        return backend if self._works is None or not tensor.is_cpu else Kept(backend, self._works)
 
     # What torch asks of a group beside collectives.
 
@@ -155,7 +160,7 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         return operation(*args)
 
     def _start_coalescing(self, device: torch.device) -> None:
-        """Collect works until `_end_coalescing`; on CUDA torch's backend does that with its own."""
+        """Collect works until `_end_coalescing`, also those of Gloo, which collects none; NCCL does that with its own."""
         self._works = []
         if device.type != "cpu":
             self._get_backend(device)._start_coalescing()
@@ -228,6 +233,11 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         self.ground.release(wait=wait)
 
     def __del__(self) -> None:
-        # torch before 2.7 drops a group that it destroys and does not tell it.
-        if getattr(self, "_open", False) and not sys.is_finalizing():
+        if not getattr(self, "_open", False) or sys.is_finalizing():
+            return
+        if not _IS_TOLD:
             self.shutdown()
+            return
+        # Local: the garbage of one rank is collected when the others are elsewhere.
+        warnings.warn(f"process group {self._label} was never shut down", ResourceWarning, stacklevel=2, source=self)
+        self.abort()

@@ -1,4 +1,4 @@
-"""What a process group has for one type of device: a communicator, what its plan serves, and torch's own backend for the rest."""
+"""What a process group has for one type of device: a communicator, and what its plan serves."""
 
 from __future__ import annotations
 
@@ -67,7 +67,6 @@ class Side:
         renamed: the global rank of each rank of the plane, where the two differ.
 
     Attributes:
-        fallback: torch's own backend for what the communicator has not.
         all_reduce: what `Communicator.all_reduce_` takes, by op and dtype.
         reduce_scatter: likewise.
         all_gather: as which dtype elements travel.
@@ -76,7 +75,6 @@ class Side:
 
     def __init__(self, communicator: Communicator, lane: Lane | None, renamed: Sequence[int] | None = None) -> None:
         self.communicator = communicator
-        self.fallback: Any = None
         self.lane = lane
         self._renamed = renamed
         self.all_reduce = _Served(communicator, Collective.ALL_REDUCE)
