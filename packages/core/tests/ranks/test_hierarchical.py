@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from commplane.api import BackendSpec, CommBackend, Usable, hookimpl
-from commplane.errors import CommplaneWarning, PeerError, UnsupportedOperation
+from commplane.api import BackendSpec, Usable, hookimpl
+from commplane.backends.torch_dist import TorchDistributed
+from commplane.errors import CommplaneWarning, CommunicatorError, PeerError, UnsupportedOperation
 from commplane.plugins import PluginHost
 from commplane.runtime import Plane
 from commplane.testing import run_threads
 
 pytestmark = pytest.mark.timeout(90)
 
-EVEN, THREE, UNEVEN = (0, 0, 1, 1), (0, 0, 1, 1, 2, 2), (0, 1, 0, 2, 2)
+EVEN, THREE, UNEVEN, FOUR = (0, 0, 1, 1), (0, 0, 1, 1, 2, 2), (0, 1, 0, 2, 2), (0, 0, 1, 2, 3)
 """The host of each rank."""
 
 
@@ -142,24 +143,28 @@ def test_it_promises_no_order_so_a_group_that_wants_one_does_not_run_on_it() -> 
         assert "hierarchical: does not add in" in text and "numerics=rank_order demands" in text
 
 
-class Inside(CommBackend):
-    """A backend for inside a host that opens on all ranks but one of the second host, and keeps account."""
+class Inside(TorchDistributed):
+    """A backend for inside a host that opens on all ranks but one of the second host, and refuses what is large."""
 
     opened: ClassVar[list[int]] = []
     closed: ClassVar[list[int]] = []
+    fails_on: ClassVar[set[int]] = set()
 
     def open(self, context: Any) -> None:
         self.rank = context.ranks[context.rank]
-        context.bootstrap.barrier(what="all are here")
-        if self.rank == 3:
+        if self.rank in self.fails_on:
             raise OSError("no memory on this rank")
+        super().open(context)
         self.opened.append(self.rank)
 
     def all_reduce_(self, tensor: Any, op: Any) -> Any:
-        raise AssertionError("not reached: the group is not formed with it")
+        if tensor.numel() > 1 << 20 and self.rank < 2:
+            raise UnsupportedOperation("too large on the first host")
+        return super().all_reduce_(tensor, op)
 
     def close(self) -> None:
         self.closed.append(getattr(self, "rank", -1))
+        super().close()
 
 
 class OnlyInside:
@@ -170,7 +175,7 @@ class OnlyInside:
             api=(1, 0),
             factory=f"{__name__}:Inside",
             probe=f"{__name__}:probe_inside",
-            capabilities={"all_reduce"},
+            capabilities={"all_reduce", "broadcast"},
             dtypes={"float32"},
             device="cpu",
             max_world_size=2,
@@ -182,24 +187,55 @@ def probe_inside(request: Any, facts: Any) -> Any:
     return Usable()
 
 
-@pytest.mark.filterwarnings("ignore:backend 'inside' was asked for")
-def test_what_fails_inside_one_host_is_rolled_back_there_and_the_other_host_goes_on_without_waiting() -> None:
-    def with_inside(_rank: int) -> PluginHost:
-        host = PluginHost()
-        host.register(OnlyInside(), "inside")
-        return host
+def with_inside(_rank: int) -> PluginHost:
+    host = PluginHost()
+    host.register(OnlyInside(), "inside")
+    return host
 
-    def rank_main(plane: Plane) -> list[str]:
-        comm = plane.communicator("tp", options={"hierarchical": {"inside": "inside"}})
-        assert comm.all_reduce(torch.ones(2, dtype=torch.float64)).tolist() == [4.0, 4.0]
-        return [comm.backends[0]._inside.backends[0]] if comm.plan.backends[0] == "hierarchical" else []
 
+@pytest.fixture
+def inside() -> Iterator[type[Inside]]:
+    """Its account, new."""
     Inside.opened.clear()
     Inside.closed.clear()
-    outcomes = on_hosts((0, 0, 1, 1), rank_main, with_inside)
-    # The first host's canary calls what is not reached otherwise, so each host falls back to torch inside, on all of its ranks.
-    assert outcomes == [["torch"]] * 4
-    assert 3 not in Inside.opened and set(Inside.opened) <= set(Inside.closed)
+    Inside.fails_on.clear()
+    yield Inside
+    assert set(Inside.opened) <= set(Inside.closed)
+
+
+@pytest.mark.filterwarnings("ignore:backend 'inside' was asked for")
+def test_what_fails_inside_one_host_is_rolled_back_there_and_the_other_host_goes_on_with_it(inside: type[Inside]) -> None:
+    def rank_main(plane: Plane) -> list[str]:
+        comm = plane.communicator("tp", options={"hierarchical": {"inside": "inside", "between": "torch"}})
+        for size in (1, 4096):
+            out = comm.all_reduce(torch.full((size,), float(plane.rank)))
+            assert torch.equal(out, torch.full((size,), 6.0))
+        return [comm.backends[0]._inside.backends[0], comm.plan.explain("all_reduce", nbytes=64).algorithm]
+
+    inside.fails_on.add(3)
+    level = "leaders: inside or torch inside, torch between"
+    assert on_hosts(EVEN, rank_main, with_inside) == [["inside", level]] * 2 + [["torch", level]] * 2
+    assert set(inside.opened) <= {0, 1, 2}
+
+
+def test_what_one_host_refuses_ends_the_communicator_on_all_ranks_because_the_others_have_begun(inside: type[Inside]) -> None:
+    told = threading.Barrier(4, timeout=45)
+
+    def rank_main(plane: Plane) -> list[str]:
+        comm = plane.communicator("tp", options={"hierarchical": {"inside": "inside", "between": "torch"}})
+        assert comm.all_reduce_(torch.ones(8)).tolist() == [4.0] * 8
+        said = []
+        for size in ((1 << 20) + 1, 8):
+            with pytest.raises(CommunicatorError) as caught:
+                comm.all_reduce_(torch.ones(size))
+            said.append(str(caught.value))
+            told.wait()
+        return said
+
+    outcomes = on_hosts(EVEN, rank_main, with_inside, run_timeout=120.0, hierarchical={"patience": 1.0}, flight_records=0)
+    for rank, (first, second) in enumerate(outcomes):
+        assert (rank < 2) == ("refused inside the call: too large on the first host" in first)
+        assert "is poisoned by an earlier fault" in second
 
 
 def test_closing_and_making_it_again_works_and_workspaces_are_prepared_on_both_levels() -> None:
@@ -239,6 +275,28 @@ def test_a_rank_that_does_not_come_is_named_by_all_that_wait_also_on_the_other_h
 
     outcomes = on_hosts(EVEN, rank_main, run_timeout=2.0, hierarchical={"patience": 2.5}, flight_records=0)
     assert outcomes == [[] if r == absent else [absent] for r in range(4)]
+
+
+def test_who_lost_no_neighbour_stops_as_soon_as_those_who_did_although_nobody_leaves_or_drops_the_error() -> None:
+    gone, told = 4, threading.Barrier(5, timeout=45)  # far less than a call may take
+
+    def rank_main(plane: Plane) -> list[int]:
+        comm = plane.communicator("tp")
+        comm.all_reduce_(torch.ones(4))
+        missing: list[int] = []
+        if plane.rank == gone:
+            comm.abort()  # closes its connections, as the end of its process would
+            told.wait()
+        else:
+            with pytest.raises(PeerError) as caught:
+                comm.all_reduce_(torch.ones(1 << 16))
+            told.wait()
+            missing = list(caught.value.missing_ranks)
+        comm.poison(PeerError("this test is over", []))
+        return missing
+
+    outcomes = on_hosts(FOUR, rank_main, run_timeout=120.0, hierarchical={"patience": 1.0}, flight_records=0)
+    assert outcomes == [[gone]] * 4 + [[]]
 
 
 def test_who_asks_for_it_where_it_cannot_be_is_warned_once() -> None:

@@ -22,7 +22,14 @@ from commplane.api import (
 from commplane.backends.hierarchical import ways
 from commplane.backends.hierarchical.losses import explain
 from commplane.backends.hierarchical.shape import Shape
-from commplane.errors import CommunicatorError, ConfigError, PeerError, SelectionError, UnsupportedOperation
+from commplane.errors import (
+    CommunicatorError,
+    ConfigError,
+    PeerError,
+    SelectionError,
+    UnsupportedOperation,
+    WorkspaceTooSmall,
+)
 from commplane.tracer import without_data
 
 __all__ = ["Hierarchical"]
@@ -68,7 +75,7 @@ class Hierarchical(CommBackend):
     def init_workspace(self, requirements: Sequence[Requirement]) -> list[Workspace]:
         """What the inner groups need for it. Collective."""
         need = [r for r in requirements if r.collective is Collective.ALL_REDUCE]
-        parts = (Collective.ALL_REDUCE, Collective.ALL_GATHER, Collective.BROADCAST)
+        parts = (Collective.ALL_REDUCE, Collective.BROADCAST)
         inner = [Requirement(part, r.dtype, r.max_bytes) for r in need for part in parts]
         built: list[Workspace] = []
         try:
@@ -122,6 +129,10 @@ class Hierarchical(CommBackend):
                     reduce(out.view(-1))
                 except PeerError as error:
                     raise self._lost(error, time.monotonic() - began) from error
+                except (UnsupportedOperation, WorkspaceTooSmall) as error:
+                    # A refusal before anything is sent lets a group go on. This one may be of one host, which has another plan.
+                    self.abort()
+                    raise CommunicatorError(f"{context.who} all_reduce: refused inside the call: {error}") from error
                 except CommunicatorError:
                     self.abort()
                     raise
@@ -149,11 +160,9 @@ class Hierarchical(CommBackend):
 
     def abort(self) -> None:
         """Ranks that wait for this one stop: inside at once, between the hosts when they find their connection closed. Local."""
-        if self._inside is not None:
-            self._inside.abort()
-        if self._between is not None:
-            self._between.abort()
-            self._between.close()  # a transport over sockets has no other way to say so
+        for group in (self._inside, self._between):
+            if group is not None:
+                group.abort()
 
     def close(self) -> None:
         """Close the inner groups. Idempotent, local."""
