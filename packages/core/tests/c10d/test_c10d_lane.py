@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.mark.parametrize("round_", range(lanes._IDLE, lanes._IDLE + 4))
 def test_the_helper_ends_in_whichever_of_its_waits_the_end_comes(round_: int) -> None:
-    """The end comes in one wait of `_GRACE`, which spends the event: the rounds here are those around the last before it sleeps."""
+    """The end comes in one wait of `_GRACE`, which spends the event: the rounds are those around the last before it sleeps."""
 
     class Closes(threading.Event):
         rounds = 0

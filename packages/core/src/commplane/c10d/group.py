@@ -160,7 +160,10 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         return operation(*args)
 
     def _start_coalescing(self, device: torch.device) -> None:
-        """Collect works until `_end_coalescing`, also those of Gloo, which collects none; NCCL does that with its own."""
+        """Collect works until `_end_coalescing`, also of Gloo's calls made from here; NCCL does that with its own.
+
+        On CPU reduce, gather, scatter and all_to_all do not come by here: who calls them waits for their own works.
+        """
         self._works = []
         if device.type != "cpu":
             self._get_backend(device)._start_coalescing()
@@ -190,7 +193,11 @@ class CommplaneGroup(Collectives, _ProcessGroup):  # type: ignore[misc]  # Any, 
         group_desc: str | None = None,
         device_types: Any = None,
     ) -> CommplaneGroup | None:
-        """A group of some of this one's ranks, which are group ranks. Collective over `ranks`; None on the others."""
+        """A group of some of this one's ranks, which are group ranks. Collective over `ranks`; None on the others.
+
+        torch does not have it on its books: it is used by its methods, and ended by `shutdown` on all of `ranks`. What torch's
+        own functions are to know is made by ``dist.new_group``.
+        """
         from commplane.c10d.creation import make_group
 
         if self.rank() not in ranks:
