@@ -145,6 +145,25 @@ def test_a_rank_that_joins_a_running_job_is_refused(given):
         create(made, None, *args, **kwargs)
 
 
+@pytest.mark.parametrize("why", ["of another version", "wants repeatable sums"])
+def test_a_rank_that_joins_a_job_which_goes_on_without_the_adapter_gets_its_group_and_waits_for_no_vote(why, monkeypatch):
+    made = []
+
+    def make(self, group_name=None, recovered_rank=False, rank_offset=0):
+        made.append((group_name, recovered_rank))
+
+    def attach(group):
+        raise AssertionError("voted alone")
+
+    monkeypatch.setattr(groups, "attach", attach)
+    if why == "of another version":
+        monkeypatch.setattr(groups, "problem", "commplane-sglang does not touch sglang")
+    else:
+        monkeypatch.setenv(ENGINE.repeatable, "1")
+    create(make, None, "tp", recovered_rank=True)
+    assert made == [("tp", True)]
+
+
 @pytest.mark.parametrize("skipped", ["graph_capture", "destroy"])
 def test_a_hook_that_sglang_could_not_apply_is_found(engine, skipped):
     engine(

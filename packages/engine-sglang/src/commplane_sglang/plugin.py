@@ -54,7 +54,11 @@ def _hook(scope: str, hooks: dict[str, Callable[..., Any]]) -> None:
 def create(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """Around ``GroupCoordinator.__init__``. Collective over the group, and over all ranks at the first one."""
     given = inspect.signature(original).bind_partial(self, *args, **kwargs).arguments
-    if groups.problem is None and (given.get("recovered_rank") or given.get("rank_offset")):
+    joins = given.get("recovered_rank") or given.get("rank_offset")
+    if joins and groups.idle:
+        original(self, *args, **kwargs)
+        return  # ranks that run do not vote again; those with a communicator find its old rank gone, and raise
+    if joins:
         raise UnsupportedOperation(
             "[commplane-sglang] wanted all ranks to start together, found one that joins a running job (elastic expert "
             f"parallelism): {ENGINE.leave_out}"

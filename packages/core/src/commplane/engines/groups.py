@@ -115,6 +115,11 @@ class Groups:
         return tuple(self._served)
 
     @property
+    def idle(self) -> bool:
+        """Whether the adapter has no part in a job as far as this rank can tell without the others. Local."""
+        return self._problem() is not None
+
+    @property
     def capturing(self) -> bool:
         """Whether a capture is open. Local."""
         return self._depth > 0
@@ -157,10 +162,7 @@ class Groups:
 
     def _vote(self) -> bool:
         """Whether the adapter works in this job. Collective over all ranks."""
-        try:
-            settings = Config.load()
-        except ConfigError:  # perhaps on this rank only: `init` tells it to all
-            settings = Config()
+        settings = _settings()
         engine, rank = self.engine, dist.get_rank()
         who = f"[{engine.adapter} rank {rank}/{dist.get_world_size()}]"
         ballots = vote(
@@ -170,7 +172,7 @@ class Groups:
             {
                 "adapter": f"{engine.adapter} {version(engine.adapter)}",
                 "engine": f"{engine.name} {engine.version}",
-                "problem": self.problem or self._not_repeatable(settings.numerics),
+                "problem": self._problem(),
             },
             settings.startup,
             who,
@@ -180,6 +182,9 @@ class Groups:
         if not at_work and rank == 0:
             self._logger.warning("all ranks go on without %s: %s", engine.adapter, ballots[0]["problem"])
         return at_work
+
+    def _problem(self) -> str | None:
+        return self.problem or self._not_repeatable(_settings().numerics)
 
     def _not_repeatable(self, numerics: str) -> str | None:
         """Why sums of ours would not be what the user asked the engine for, if so. Local."""
@@ -253,7 +258,13 @@ class Groups:
             group = of()
             if group is not None:
                 group.__dict__.pop(_ATTRIBUTE, None)
-        plane, self._plane = self._plane, None
-        self._first = self._world = None
-        if plane is not None:
-            plane.close()
+        if self._plane is not None:
+            self._plane.close()  # before it is forgotten: inside of a capture it raises, and stays open
+        self._plane = self._first = self._world = None
+
+
+def _settings() -> Config:
+    try:
+        return Config.load()
+    except ConfigError:  # perhaps on this rank only: `init` tells it to all
+        return Config()
