@@ -54,6 +54,12 @@ def test_ranks_that_want_other_groups_are_told_and_none_waits() -> None:
         assert "ranks disagree on the groups of a layout: ranks 0, 1, 3 have" in str(error) and "'dp'" in str(error)
 
 
+def test_a_family_that_one_rank_does_not_know_is_told_to_all_at_once() -> None:
+    outcomes = run_threads(4, lambda plane: plane.groups(LAYOUT, ["tpp"] if plane.rank == 2 else ["tp"]))
+    for rank, error in enumerate(outcomes):
+        assert isinstance(error, ConfigError if rank == 2 else MismatchError) and "'tpp'" in str(error), error
+
+
 def test_a_layout_of_another_world_is_refused() -> None:
     for error in run_threads(2, lambda plane: plane.groups(LAYOUT)):
         assert isinstance(error, ConfigError) and "layout of 4 ranks: wanted one of the plane's 2" in str(error)

@@ -39,14 +39,22 @@ def form_families(
         gather: every rank's JSON value, by rank.
         communicator: forms one: name, global ranks.
     """
-    if layout.world_size != world_size:
-        raise ConfigError(f"layout of {layout.world_size} ranks: wanted one of the plane's {world_size}")
-    if families is None:
-        chosen = {f for f in layout.families if len(layout.groups(f)[0]) > 1}
-    else:
-        chosen = {layout.family(name) for name in families}
-    wanted = {"layout": repr(layout), "families": [f for f in layout.families if f in chosen], "prefix": prefix}
-    text = difference("the groups of a layout", dict(enumerate(gather(wanted))))
+    problem: ConfigError | None = None
+    chosen: set[str] = set()
+    try:
+        chosen = _chosen(layout, world_size, families)
+    except ConfigError as error:  # perhaps on this rank only: the others are told before it is raised
+        problem = error
+    wanted = {
+        "problem": problem and str(problem),
+        "layout": repr(layout),
+        "families": [f for f in layout.families if f in chosen],
+        "prefix": prefix,
+    }
+    said = gather(wanted)
+    if problem is not None:
+        raise problem
+    text = difference("the groups of a layout", dict(enumerate(said)))
     if text is not None:
         raise MismatchError(f"[{prefix or 'layout'} rank {rank}/{world_size}] {text}")
     made: Families = {}
@@ -60,3 +68,11 @@ def form_families(
             c._close(wait=False)
         raise
     return made
+
+
+def _chosen(layout: ParallelLayout, world_size: int, families: Sequence[str] | None) -> set[str]:
+    if layout.world_size != world_size:
+        raise ConfigError(f"layout of {layout.world_size} ranks: wanted one of the plane's {world_size}")
+    if families is None:
+        return {f for f in layout.families if len(layout.groups(f)[0]) > 1}
+    return {layout.family(name) for name in families}
