@@ -32,6 +32,13 @@ def on_two_hosts(*arguments: str, loopback: bool) -> str:
     return done.stdout
 
 
+def test_an_agent_that_a_signal_ended_is_a_failure(tmp_path: Path) -> None:
+    script = tmp_path / "kills_its_agent.py"
+    script.write_text("import os, signal; os.kill(os.getppid(), signal.SIGKILL)")
+    command = [sys.executable, "-m", "commplane.testing.hosts", "--loopback", "--hosts", "1", "--ranks", "1", "--", str(script)]
+    assert subprocess.run(command, capture_output=True, timeout=100, check=False).returncode == 9
+
+
 def test_agents_on_loopback_get_shared_memory_inside_the_hosts_and_two_levels_over_them(tmp_path: Path) -> None:
     on_two_hosts(str(RANKS), "plans", f"{tmp_path}/rank", loopback=True)
     for rank in range(4):

@@ -73,7 +73,10 @@ def refusal() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces want root"
     script = "ip link add name b0 type bridge && ip link add name v0 type veth peer name v1 && mount -t tmpfs tmpfs /dev/shm"
-    tried = _try(*isolated(), "--pid", "--fork", "sh", "-c", script)
+    try:
+        tried = _try(*isolated(), "--pid", "--fork", "sh", "-c", script)
+    except subprocess.TimeoutExpired:
+        return f"namespaces did not come up within {_SECONDS:g} s"
     return None if tried.returncode == 0 else tried.stderr.strip().replace("\n", "; ") or f"exit code {tried.returncode}"
 
 
@@ -201,7 +204,7 @@ def _run(*words: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command on several hosts: the largest exit code."""
+    """Run a command on several hosts: 0, or the exit code or signal of the first host whose agent failed."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m commplane.testing.hosts", description="one job on several hosts of one machine"
@@ -221,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (loopback if options.loopback else namespaces)(options.hosts) as hosts:
         running = agents(hosts, options.ranks, options.command)
         try:
-            return max(agent.wait() for agent in running)
+            return next((abs(code) for code in [agent.wait() for agent in running] if code), 0)  # -9 is a failure
         finally:
             for agent in running:
                 if agent.poll() is None:
