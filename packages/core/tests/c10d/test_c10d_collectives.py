@@ -165,6 +165,26 @@ def test_complex_tensors_are_summed_part_by_part(pair: World) -> None:
     pair.run(check_complex)
 
 
+def check_complex_together(rank: int) -> None:
+    """Several at once; rank 1 alone has a conjugate view, which decides nothing."""
+    group = dist.group.WORLD
+    parts = [torch.complex(data(r, torch.float64), data(r, torch.float64) + 1) for r in range(2)]
+    numbers = [data(r, torch.float64) for r in range(2)]
+    mine = parts[rank].clone() if rank == 0 else parts[rank].conj().resolve_conj().conj()
+    assert mine.is_conj() == (rank == 1)
+    real, cut = numbers[rank].clone(), parts[rank].repeat(2)[::2]
+    group.allreduce_coalesced([mine, real, cut]).wait()
+    same(mine.resolve_conj(), parts[0] + parts[1], "conjugate on one rank")
+    same(real, numbers[0] + numbers[1], "real beside it")
+    same(cut, (parts[0] + parts[1]).repeat(2)[::2], "every other element")
+    with pytest.raises(RuntimeError):  # torch's own word for it: complex numbers have no order
+        group.allreduce_coalesced([parts[rank].clone()], dist.ReduceOp.MIN).wait()
+
+
+def test_complex_tensors_go_together_with_real_ones_whatever_views_a_rank_has(pair: World) -> None:
+    pair.run(check_complex_together)
+
+
 def check_inference(rank: int) -> None:
     with torch.inference_mode():
         dense, cut = data(rank, torch.float32), data(rank, torch.float32).view(4, 6).t()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as torch_c10d
 
-from commplane.c10d.layout import bytes_of, flat, write, write_flat
+from commplane.c10d.layout import bytes_of, flat, reals, write, write_flat, write_reals
 from commplane.c10d.side import Side
 from commplane.c10d.work import DONE, SAYS_ASYNC, JoinedWork
 from commplane.errors import UnsupportedOperation
@@ -59,43 +59,33 @@ class Collectives:
         side = self._cpu if tensor.is_cpu else self._side(tensor)
         if side is None or len(tensors) != 1 or tensor.layout is not torch.strided:
             return self._torch(tensor).allreduce(tensors, opts)
-        op = side.all_reduce[opts.reduceOp.__hash__(), tensor.dtype]
-        if op is None:
-            return self._allreduce_otherwise(side, tensors, opts)
+        kind = opts.reduceOp.__hash__()
+        op = side.all_reduce[kind, tensor.dtype]
+        if op is None:  # complex numbers go as pairs, the rest by torch's backend
+            return self._joined(side, tensors, kind, opts) or self._torch(tensor).allreduce(tensors, opts)
         if SAYS_ASYNC and not opts.asyncOp and (tensor.is_contiguous() or not tensor.is_inference()):
             side.run(side.communicator.all_reduce_, tensor, op)
             return DONE
         return self._do(side, lambda: _all_reduce(side.communicator, tensor, op), tensors, opts)
 
-    def _allreduce_otherwise(self, side: Side, tensors: list[torch.Tensor], opts: Any) -> Any:
-        """Where the plan has not the dtype and op: complex numbers as pairs, the rest by torch's backend."""
-        tensor = tensors[0]
-        op = side.all_reduce[opts.reduceOp.__hash__(), tensor.real.dtype] if tensor.is_complex() else None
-        if op in ("sum", "avg"):  # which go part by part
-
-            def call() -> None:
-                parts = torch.view_as_real(flat(tensor))
-                write(tensor, torch.view_as_complex(side.communicator.all_reduce(parts, op)).view(tensor.shape))
-
-            return self._do(side, call, tensors, opts)
-        return self._torch(tensor).allreduce(tensors, opts)
-
     def allreduce_coalesced(self, tensors: Any, opts: Any = _COALESCED, *_: Any, **named: Any) -> Any:
         """Several tensors in place, in one collective for each dtype: two that share memory are summed once."""
         tensors, opts = _listed(tensors), _with_op(torch_c10d.AllreduceCoalescedOptions, opts, named)
-        side = self._common_side(tensors)
-        kind = opts.reduceOp.__hash__()
-        real = [torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t for t in tensors]
-        if side is None or any(t.is_conj() for t in tensors) or any(side.all_reduce[kind, t.dtype] is None for t in real):
-            return self._torch(tensors[0]).allreduce_coalesced(tensors, opts)
+        work = self._joined(self._common_side(tensors), tensors, opts.reduceOp.__hash__(), opts)
+        return work or self._torch(tensors[0]).allreduce_coalesced(tensors, opts)
+
+    def _joined(self, side: Side | None, tensors: Sequence[torch.Tensor], kind: int, opts: Any) -> Any | None:
+        """A work, or None where torch's backend has to do it."""
+        if side is None or any(_op(side, kind, t.dtype) is None for t in tensors):
+            return None
         groups: dict[torch.dtype, list[torch.Tensor]] = {}
-        for t in real:
-            groups.setdefault(t.dtype, []).append(t)
+        for t in tensors:
+            groups.setdefault(t.dtype.to_real(), []).append(t)
 
         def call() -> None:
             for dtype, members in groups.items():
-                joined = torch.cat([flat(t) for t in members])
-                write_flat(members, side.communicator.all_reduce_(joined, str(side.all_reduce[kind, dtype])))
+                numbers = torch.cat([reals(t) for t in members])
+                write_reals(members, side.communicator.all_reduce_(numbers, str(side.all_reduce[kind, dtype])))
 
         return self._do(side, call, tensors, opts)
 
@@ -103,9 +93,7 @@ class Collectives:
         """Concatenate into one tensor."""
         return self._gather_into([output], [source], opts) or self._torch(source)._allgather_base(output, source, opts)
 
-    def all_gather_single(self, output: torch.Tensor, source: torch.Tensor, opts: Any = _ALL_GATHER, *_: Any, **__: Any) -> Any:
-        """`_allgather_base` by its name since torch 2.13."""
-        return self._gather_into([output], [source], opts) or self._torch(source)._allgather_base(output, source, opts)
+    all_gather_single = _allgather_base  # its name since torch 2.13
 
     def allgather_into_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = _ALL_GATHER, *_: Any, **__: Any) -> Any:
         """Several tensors, each concatenated into one. What functional collectives call, also for one."""
@@ -116,9 +104,7 @@ class Collectives:
             work = JoinedWork([backend._allgather_base(o, i, opts) for o, i in zip(outputs, inputs, strict=True)], outputs)
         return work
 
-    def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = _ALL_GATHER, *_: Any, **__: Any) -> Any:
-        """`allgather_into_tensor_coalesced` by its name since torch 2.13."""
-        return self.allgather_into_tensor_coalesced(outputs, inputs, opts)
+    all_gather_single_coalesced = allgather_into_tensor_coalesced  # its name since torch 2.13
 
     def _gather_into(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], opts: Any) -> Any | None:
         """A work, or None where torch's backend has to do it."""
@@ -160,16 +146,7 @@ class Collectives:
         """Reduce one tensor and keep this rank's part."""
         return self._scatter_into([output], [source], opts) or self._torch(source)._reduce_scatter_base(output, source, opts)
 
-    def reduce_scatter_single(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor,
-        opts: Any = _REDUCE_SCATTER,
-        *_: Any,
-        **__: Any,
-    ) -> Any:
-        """`_reduce_scatter_base` by its name since torch 2.13."""
-        return self._scatter_into([output], [source], opts) or self._torch(source)._reduce_scatter_base(output, source, opts)
+    reduce_scatter_single = _reduce_scatter_base  # its name since torch 2.13
 
     def reduce_scatter_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = _REDUCE_SCATTER, *_: Any, **__: Any) -> Any:
         """Several tensors, each reduced and cut. What functional collectives call, also for one."""
@@ -180,9 +157,7 @@ class Collectives:
             work = JoinedWork([backend._reduce_scatter_base(o, i, opts) for o, i in zip(outputs, inputs, strict=True)], outputs)
         return work
 
-    def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = _REDUCE_SCATTER, *_: Any, **__: Any) -> Any:
-        """`reduce_scatter_tensor_coalesced` by its name since torch 2.13."""
-        return self.reduce_scatter_tensor_coalesced(outputs, inputs, opts)
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced  # its name since torch 2.13
 
     def _scatter_into(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], opts: Any) -> Any | None:
         """A work, or None where torch's backend has to do it."""
@@ -260,6 +235,12 @@ class Collectives:
 def _waits(options: Any) -> bool:
     """Whether the caller does nothing before the call has ended."""
     return SAYS_ASYNC and not options.asyncOp
+
+
+def _op(side: Side, kind: int, dtype: torch.dtype) -> str | None:
+    """The communicator's op for numbers of a dtype; of complex ones only those ops that go part by part."""
+    op = side.all_reduce[kind, dtype.to_real()]
+    return op if not dtype.is_complex or op in ("sum", "avg") else None
 
 
 def _all_reduce(communicator: Communicator, tensor: torch.Tensor, op: str) -> None:

@@ -6,12 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["bytes_of", "flat", "write", "write_flat"]
+__all__ = ["bytes_of", "flat", "reals", "write", "write_flat", "write_reals"]
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """Its elements in one dense dimension, outside of autograd: its own memory where that is possible, else a copy."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+
+
+def reals(tensor: torch.Tensor) -> torch.Tensor:
+    """The same as real numbers, two for each complex one."""
+    dense = flat(tensor)
+    return torch.view_as_real(dense).view(-1) if dense.is_complex() else dense
 
 
 def bytes_of(dense: torch.Tensor) -> torch.Tensor:
@@ -35,4 +41,14 @@ def write_flat(targets: Sequence[torch.Tensor], values: torch.Tensor) -> None:
     for target in targets:
         count = target.numel()
         write(target, values[start : start + count].view(target.shape))
+        start += count
+
+
+def write_reals(targets: Sequence[torch.Tensor], values: torch.Tensor) -> None:
+    """`write_flat` of what `reals` made."""
+    start = 0
+    for target in targets:
+        count = target.numel() * (2 if target.is_complex() else 1)
+        part = values[start : start + count]
+        write(target, (torch.view_as_complex(part.view(-1, 2)) if target.is_complex() else part).view(target.shape))
         start += count
