@@ -9,24 +9,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from caught import catalogue
 from honest import LARGE, Honest
 from torch import Tensor
 
 from commplane.api import QuantFormat, Quantization, Quantized, add_rms_norm, quantize
 from commplane.api.quantize import swizzled_offsets
 
-CAUGHT_BY: dict[str, str] = {}
-"""Name of each wrong backend -> the test that is meant for it."""
-
-
-def caught_by(test: str) -> Any:
-    """Note the test that has to fail."""
-
-    def note(cls: type[Honest]) -> type[Honest]:
-        CAUGHT_BY[cls.__name__] = test
-        return cls
-
-    return note
+CAUGHT_BY, caught_by = catalogue()
 
 
 @caught_by("fused_quant::test_values[bfloat16-2-ranks-fp8_static]")
