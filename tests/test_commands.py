@@ -11,12 +11,12 @@ import pytest
 
 ROW_KEYS = {
     "collective", "op", "backend", "mode", "in_place", "pinned", "dtype", "bytes", "hidden", "ranks", "device", "graph",
-    "median_us", "p99_us", "iterations", "vs_torch", "vs_pair", "detail", "algorithm",
+    "median_us", "p99_us", "iterations", "vs_torch", "vs_pair", "detail", "algorithm", "groups",
 }  # fmt: skip
 MACHINE_KEYS = {
     "cpu", "cpu_mhz", "virtual_machine", "vector_flags", "instruction_set", "cores", "cores_of_machine", "caches",
-    "memory_bytes", "kernel", "python", "torch", "omp_num_threads", "gpus", "cuda", "wheels", "backends", "ranks", "hosts",
-    "load_before", "date", "command",
+    "memory_bytes", "kernel", "python", "torch", "omp_num_threads", "gpus", "cuda", "wheels", "backends", "settings",
+    "mps_share_percent", "ranks", "hosts", "load_before", "date", "command",
 }  # fmt: skip
 
 

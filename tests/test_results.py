@@ -23,6 +23,15 @@ SCRIPTS: dict[str, str] = {
     Path(name).name: command
     for command, name in re.findall(r"^(python packages/\S+\.py .*--json (docs/results/[\w-]+\.json).*)$", README, re.MULTILINE)
 }
+# Of the tool that measures a machine whole: what it wrote of those machines that there were.
+benches = runpy.run_path(str(ROOT / "tools" / "gpu_results.py"))["benches"]
+MACHINES = {
+    name: f"commplane {shlex.join(arguments)}"
+    for ranks in (2, 4, 8)
+    for shared in (False, True)
+    for name, arguments in benches(ranks, shared).items()
+    if (FOLDER / name).exists()
+}
 
 
 def options(command: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
@@ -57,15 +66,25 @@ def test_each_command_is_one_that_is_taken_and_writes_here(command: str, monkeyp
     assert {Path(name).parent for name in written(command)} == {Path("docs/results")}
 
 
+@pytest.mark.parametrize("command", MACHINES.values())
+def test_what_measured_a_machine_whole_is_taken(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    made = options(command.removeprefix("commplane "), monkeypatch)
+    assert [made.device, made.dtypes, str(made.json)] == ["cuda", ["bfloat16"], *written(command)]
+
+
 def test_the_table_names_exactly_the_files_that_the_commands_write() -> None:
     named = {f"docs/results/{name}" for name in re.findall(r"`([\w-]+\.(?:json|png))`", README)}
-    files = [name for command in COMMANDS for name in written(command)] + [f"docs/results/{name}" for name in SCRIPTS]
+    files = [name for command in COMMANDS for name in written(command)] + [
+        f"docs/results/{name}" for name in {**SCRIPTS, **MACHINES}
+    ]
     assert sorted(files) == sorted(named)
     assert [name for name in files if not (ROOT / name).exists()] == []
 
 
 def test_every_file_was_made_with_its_command() -> None:
-    commands = {Path(name).name: f"commplane {command}" for command in COMMANDS for name in written(command)} | SCRIPTS
+    commands = {Path(name).name: f"commplane {command}" for command in COMMANDS for name in written(command)}
+    commands |= SCRIPTS | MACHINES
     there = {path.name for path in FOLDER.iterdir() if path.suffix not in {".md", ".txt"}}
     assert there <= commands.keys()
     for name in there:

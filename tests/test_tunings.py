@@ -73,6 +73,14 @@ def test_times_of_another_machine_are_not_mixed_in(tmp_path: Path, changes: dict
         made([RESULTS / "cuda-graph.json", tuned(tmp_path / "t.json", **changes)])
 
 
+def test_times_of_groups_side_by_side_are_refused(tmp_path: Path) -> None:
+    result = json.loads((RESULTS / "cuda-fused.json").read_text())
+    path = tmp_path / "groups.json"
+    path.write_text(json.dumps({**result, "rows": [{**row, "groups": 2} for row in result["rows"]]}))
+    with pytest.raises(ValueError, match="wanted rows of one group that has the machine to itself, found groups side by side"):
+        made([path])
+
+
 @pytest.mark.parametrize("changes", [{"gpus": ["NVIDIA H200"]}, {"mps_share_percent": 50.0}])
 def test_times_of_ranks_that_shared_a_gpu_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     result = json.loads((RESULTS / "cuda-fused.json").read_text())

@@ -83,7 +83,7 @@ def parts(options: list[str], count: int) -> list[tuple[str, list[str], str]]:
 
 def ranks(backend: str, count: int) -> str:
     """Sizes of the kit's groups: one rank a GPU, and for flashinfer those that it has kernels for."""
-    return ",".join(str(n) for n in ((2, 4) if backend == "flashinfer" else (2, 3, 4)) if n <= count)
+    return ",".join(str(n) for n in ((2, 4, 8) if backend == "flashinfer" else (2, 3, 4, 8)) if n <= count)
 
 
 def main(options: list[str]) -> int:

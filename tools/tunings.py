@@ -62,6 +62,8 @@ def _where(machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_bench(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    if any(row.get("groups", 1) != 1 for row in rows):
+        raise ValueError("wanted rows of one group that has the machine to itself, found groups side by side")
     points: dict[tuple[Any, ...], dict[int, float]] = {}
     for row in rows:
         # An algorithm that was asked for by name is no candidate of a plan, which leaves the choice to the backend.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
-import os
 import statistics
 import sys
 import warnings
@@ -211,9 +210,8 @@ class Bench:
 def run(plane: Plane, stack: ExitStack, options: argparse.Namespace) -> str:
     """All of it, and the table. Collective over all ranks; rank 0 writes the JSON after each size."""
     bench = Bench(plane, stack, options)
-    shared = os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
     machine = describe(plane, bench.formed.values(), ["run", "--ranks", str(plane.world_size), *sys.argv])
-    machine |= {"mps_share_percent": None if shared is None else float(shared), "left_out": bench.left_out}
+    machine |= {"left_out": bench.left_out}
     todo: list[tuple[str, str | None, int]] = [(FUSED, None, nbytes) for nbytes in options.sizes]
     todo += [(QUANT, kind, nbytes) for kind in options.formats for nbytes in options.quant_sizes]
     rows: list[Row] = []

@@ -182,7 +182,8 @@ int main() {
             if (kind != Kind::barrier && kind != Kind::rms_norm) another_call(ranks, kind, kind, 36);
         }
         a_rank_that_never_calls(ranks, Kind::one_shot_push, 500);  // several kernels, queued
-        a_rank_that_never_calls(ranks, Kind::two_shot_push, 500);  // several tiles
+        a_rank_that_never_calls(ranks, Kind::two_shot_push, 500);
+        a_rank_that_never_calls(ranks, Kind::two_shot_push, 4);  // one part: who has none waits for what its rank waits for
     }
     uint32_t found = 0, runs = 0;
     for (uint32_t seed = 1; seed <= 20; ++seed) {

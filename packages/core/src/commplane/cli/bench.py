@@ -54,6 +54,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser("bench", help="latency of every usable backend, taking turns; table, JSON, plot")
     add_ranks_option(parser)
     parser.add_argument(
+        "--groups", type=positive, default=1, metavar="N", help="make N groups of equal size that work at once (default 1)"
+    )
+    parser.add_argument(
         "--collectives",
         type=_collectives,
         default=[Collective.ALL_REDUCE],
@@ -155,6 +158,7 @@ def check(options: argparse.Namespace) -> None:
     elif options.c10d:
         others = {
             "--overhead": options.overhead,
+            "--groups": options.groups != 1,
             "--plot": options.plot is not None,
             "--collectives": options.collectives != [Collective.ALL_REDUCE],
             "--op": options.op != "sum",
@@ -169,6 +173,7 @@ def check(options: argparse.Namespace) -> None:
             )
     elif options.overhead:
         others = {
+            "--groups": options.groups != 1,
             "--plot": options.plot is not None,
             "--collectives": options.collectives != [Collective.ALL_REDUCE],
             "--op": options.op != "sum",
@@ -189,6 +194,7 @@ def _refuse_beside_startup(options: argparse.Namespace) -> None:
     others = {
         "--overhead": options.overhead,
         "--c10d": options.c10d,
+        "--groups": options.groups != 1,
         "--collectives": options.collectives != [Collective.ALL_REDUCE],
         "--op": options.op != "sum",
         "--out-of-place": options.out_of_place,
@@ -317,13 +323,14 @@ def _latency(options: argparse.Namespace, plane: Plane, _planes: ExitStack, prog
         sizes=options.sizes or _sizes(_SIZES),
         hidden=options.hidden,
         out_of_place=options.out_of_place,
+        groups=options.groups,
     )
-    formed = _formed(options, plane, "bench")
-    found = formed["torch"].key.device
+    without: list[str] = []
+    formed = _formed(options, plane, "bench", without.append)
+    found = _any(formed).key.device
     if options.graph and found != "cuda":
         raise ConfigError(f"bench: --graph replays CUDA graphs and wants a group on cuda, found {found}: add --device cuda")
     machine = describe(plane, formed.values(), options.argv)
-    without: list[str] = []
     rows = measure(
         plane,
         formed,
@@ -337,10 +344,12 @@ def _latency(options: argparse.Namespace, plane: Plane, _planes: ExitStack, prog
     if plane.rank == 0 and options.plot is not None and rows:
         plot(rows, options.plot)
     text = "\n".join([table(rows), *(f"left out: {line}" for line in without)])
-    return machine | ({"left_out": without} if options.graph else {}), rows, text
+    return machine | ({"left_out": without} if options.graph or without else {}), rows, text
 
 
-def _formed(options: argparse.Namespace, plane: Plane, purpose: str) -> dict[str, Communicator]:
+def _formed(
+    options: argparse.Namespace, plane: Plane, purpose: str, left_out: Callable[[str], None] = lambda _text: None
+) -> dict[str, Communicator]:
     """The candidates of a run, on the device asked for, which is made the current one: this process is the user. Collective."""
     import torch
 
@@ -348,10 +357,15 @@ def _formed(options: argparse.Namespace, plane: Plane, purpose: str) -> dict[str
         without = [r for r, there in enumerate(plane.gather(torch.cuda.is_available(), what="bench device")) if not there]
         if without:
             raise ConfigError(f"bench: --device cuda wants a GPU that torch sees on each rank, found none on ranks {without}")
-    formed = form(plane, options.backends, purpose, options.device)
-    if formed["torch"].key.device == "cuda":
-        torch.cuda.set_device(formed["torch"].device)
+    formed = form(plane, options.backends, purpose, options.device, options.groups, left_out)
+    if _any(formed).key.device == "cuda":
+        torch.cuda.set_device(_any(formed).device)
     return formed
+
+
+def _any(formed: dict[str, Communicator]) -> Communicator:
+    """One of them, for what they have in common."""
+    return next(iter(formed.values()))
 
 
 def _overhead(options: argparse.Namespace, plane: Plane, planes: ExitStack, progress: Progress) -> Answer:
