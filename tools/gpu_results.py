@@ -3,12 +3,13 @@
 Parts, in this order, all of them if none is named; ``--ranks N`` for fewer than there are GPUs:
   doctor   what commplane finds there
   kit      the conformance kit on cuda for torch, custom_ar and flashinfer
-  bench    all-reduce and its fused norm, in graphs and eager, in one group of all ranks and in two that work at once:
-           a JSON file each in docs/results, and at which sizes custom_ar is the fastest
-  tunings  the timings that core ships for such a machine, of those files
+  graph    all-reduce and its fused norm in replayed graphs, eager the same launched by the host, groups in two groups at once:
+  eager    a JSON file each in docs/results; at the end at which sizes custom_ar is the fastest, and which of its algorithms is;
+  groups   `bench` is all three
+  tunings  the timings that core ships for such a machine, of the first two files
 
 Under tests/gpu/gpu_mps.py all ranks share one GPU: NCCL and torch's symmetric memory, which take no two ranks there, are left out
-of the bench, and so are the kit and the timings. Ends with 1 if any part fails.
+of the benches, and so are the kit and the timings. Ends with 1 if any part fails.
 """
 
 from __future__ import annotations
@@ -21,95 +22,46 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_tests
+from gpu_verdict import NCCL, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = "doctor", "kit", "bench", "tunings"
+PARTS = "doctor", "kit", "graph", "eager", "groups", "tunings"
+BENCHES = PARTS[2:5]
+RANKS = 2, 4, 8
+"""What all that is compared has kernels for."""
 RESULTS = ROOT / "docs" / "results"
 SHIPPED = ROOT / "packages" / "core" / "src" / "commplane" / "tunings"
-OURS, NCCL = "custom_ar", "torch"
-LIMIT = 8 << 20
-"""Bytes up to which we mean to be the fastest of all; above, not slower than NCCL."""
 
 # FlashInfer's own default is 8 MiB a message and 1 GiB a workspace, which is too little to compare at 64 MiB.
 ROOM = {"COMMPLANE_FLASHINFER_MAX_BYTES": str(64 << 20), "COMMPLANE_FLASHINFER_MAX_WORKSPACE_BYTES": str(8 << 30)}
 _SIZES = "1K,2K,4K,8K,16K,32K,64K,128K,256K,512K,1M,2M,4M,8M"
 _ABOVE = ",16M,32M,64M"
 _BACKENDS = "custom_ar,flashinfer,flashinfer:one_shot,flashinfer:two_shot"
-_TORCH_SYMM = ",torch_symm:one_shot,torch_symm:two_shot"
+# Where ranks have a GPU each: what takes no two on one, and our own algorithms at every size, to see which overtakes which.
+_MORE = ",torch_symm:one_shot,torch_symm:two_shot,custom_ar:one_shot_push,custom_ar:two_shot_push"
 
-Rows = Sequence[Mapping[str, Any]]
+
+def stem(ranks: int, shared: bool) -> str:
+    """What the names of the files begin with. Pure."""
+    return f"one-gpu-{ranks}" if shared else f"cuda-{ranks}"
 
 
 def benches(ranks: int, shared: bool) -> dict[str, list[str]]:
     """The arguments of `commplane` by the file that it writes. Pure."""
-    stem = f"one-gpu-{ranks}" if shared else f"cuda-{ranks}"
     # Above the cache of one GPU, what its ranks move says nothing about the links between several.
-    sizes, backends = _SIZES + ("" if shared else _ABOVE), _BACKENDS + ("" if shared else _TORCH_SYMM)
+    sizes, backends = _SIZES + ("" if shared else _ABOVE), _BACKENDS + ("" if shared else _MORE)
     common = ["bench", "--device", "cuda", "--ranks", str(ranks), "--dtypes", "bfloat16"]
     common += ["--collectives", "all_reduce,all_reduce_rms_norm", "--out-of-place", "--sizes", sizes, "--backends", backends]
-    ways = {"graph": ["--graph"], "eager": []}
-    if ranks >= 4 and ranks % 2 == 0:
+    ways: dict[str, list[str]] = {"graph": ["--graph"], "eager": []}
+    if ranks >= 4:
         ways["groups"] = ["--graph", "--groups", "2"]
-    files = {name: f"{stem}-{name}.json" for name in ways}
+    files = {name: f"{stem(ranks, shared)}-{name}.json" for name in ways}
     return {files[name]: [*common, *more, "--json", f"docs/results/{files[name]}", "--quiet"] for name, more in ways.items()}
-
-
-def verdict(rows: Rows) -> list[str]:
-    """At which sizes custom_ar is the fastest up to `LIMIT`, and not slower than NCCL above: a line for each kind of call. Pure.
-
-    Once with ordinary tensors on all sides, and once where each side may have its tensor in symmetric memory.
-    """
-    lines = []
-    calls = dict.fromkeys((r["collective"], r["graph"], r.get("groups", 1), r["ranks"]) for r in rows)
-    for collective, graph, groups, ranks in calls:
-        of_call = [r for r in rows if (r["collective"], r["graph"], r.get("groups", 1)) == (collective, graph, groups)]
-        who = f"{ranks} ranks" if groups == 1 else f"{groups} groups of {ranks} ranks"
-        subject = f"{collective}, {who}, {'in graphs' if graph else 'eager'}"
-        for words, fits in (("ordinary tensors", _ordinary), ("any memory", lambda _row: True)):
-            found = _against([r for r in of_call if fits(r)])
-            lines += [f"{subject}, {words}: {line}" for line in found]
-    return lines
-
-
-def _ordinary(row: Mapping[str, Any]) -> bool:
-    return "symmetric" not in row["mode"]
-
-
-def _against(rows: Rows) -> list[str]:
-    """Up to `LIMIT` against all others, above against NCCL. Pure."""
-    goals: list[tuple[str, Callable[[int], bool], Callable[[str], bool]]] = [
-        ("the fastest up to 8 MiB", lambda n: n <= LIMIT, lambda backend: backend != OURS),
-        ("not slower than NCCL above", lambda n: n > LIMIT, lambda backend: backend == NCCL),
-    ]
-    lines = []
-    for goal, at, other in goals:
-        sizes = sorted({r["bytes"] for r in rows if at(r["bytes"])})
-        compared, missed = 0, []
-        for n in sizes:
-            ours = [r for r in rows if r["bytes"] == n and r["backend"] == OURS]
-            others = [r for r in rows if r["bytes"] == n and other(r["backend"])]
-            if not ours or not others:
-                continue
-            compared += 1
-            mine, best = min(ours, key=_us), min(others, key=_us)
-            if _us(mine) > _us(best):
-                names = f"{_us(mine):.2f} us, {best['backend']} {best['mode']} {_us(best):.2f}"
-                missed.append(f"{n} bytes ({names}, {_us(mine) / _us(best):.2f})")
-        if compared:
-            lines.append(
-                f"{goal} at {compared - len(missed)} of {compared} sizes" + (f"; not at {', '.join(missed)}" * bool(missed))
-            )
-    return lines
-
-
-def _us(row: Mapping[str, Any]) -> float:
-    return float(row["median_us"])
 
 
 def machine() -> str:
@@ -135,12 +87,12 @@ def _timed(name: str, command: Sequence[str], env: Mapping[str, str], where: str
     return code == 0
 
 
-def _doctor(ranks: int, _shared: bool) -> list[str]:
+def _doctor(ranks: int) -> list[str]:
     command = [sys.executable, "-m", "commplane", "doctor", "--ranks", str(ranks)]
     return [] if _timed("doctor", command, {}) else ["doctor"]
 
 
-def _kit(ranks: int, _shared: bool) -> list[str]:
+def _kit(ranks: int) -> list[str]:
     failed = []
     for name, command, _ in gpu_tests.parts(["--no-sanitize"], ranks):
         if not name.startswith("kit, "):
@@ -150,22 +102,30 @@ def _kit(ranks: int, _shared: bool) -> list[str]:
     return failed
 
 
-def _bench(ranks: int, shared: bool) -> list[str]:
+def _bench(ranks: int, shared: bool, ways: Sequence[str]) -> list[str]:
     failed, rows = [], []
     for name, arguments in benches(ranks, shared).items():
-        if _timed(name, [sys.executable, "-m", "commplane", *arguments], {} if shared else ROOM):
-            rows += json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]
-        else:
+        if name.removeprefix(f"{stem(ranks, shared)}-").removesuffix(".json") not in ways:
+            continue
+        made = RESULTS / name
+        made.unlink(missing_ok=True)  # of a run that fails nothing older is taken for its result
+        if not _timed(name, [sys.executable, "-m", "commplane", *arguments], {} if shared else ROOM):
             failed.append(name)
+            continue
+        found = json.loads(made.read_text(encoding="utf-8"))["rows"]
+        if not shared and not any(r["backend"] == NCCL for r in found):
+            print(f"{name}: wanted NCCL to compare with, found no row of it")
+            failed.append(name)
+        rows += found
     print("\n".join(verdict(rows)), flush=True)
     return failed
 
 
-def _tunings(ranks: int, _shared: bool) -> list[str]:
-    files = [RESULTS / f"cuda-{ranks}-{way}.json" for way in ("graph", "eager")]
+def _tunings(ranks: int) -> list[str]:
+    files = [RESULTS / f"{stem(ranks, shared=False)}-{way}.json" for way in ("graph", "eager")]
     missing = [file.name for file in files if not file.exists()]
     if missing:
-        print(f"tunings: wanted {' and '.join(missing)}, which the part bench writes")
+        print(f"tunings: wanted {' and '.join(missing)}, which the parts graph and eager write")
         return ["tunings"]
     gpu = json.loads(files[0].read_text(encoding="utf-8"))["machine"]["gpus"][0]
     out = SHIPPED / f"{re.sub('[^a-z0-9]+', '-', gpu.lower())}-x{ranks}.json"
@@ -174,8 +134,8 @@ def _tunings(ranks: int, _shared: bool) -> list[str]:
 
 
 def _part(text: str) -> str:
-    if text not in PARTS:
-        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(PARTS)}, found {text}")
+    if text not in (*PARTS, "bench"):
+        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(PARTS)} or bench, found {text}")
     return text
 
 
@@ -188,21 +148,36 @@ def main(given: Sequence[str]) -> int:
     shared = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
     count = gpu_tests.gpus()
     ranks = options.ranks or (0 if shared else count)
-    if count == 0 or ranks < 2 or (ranks > count and not shared):
-        wanted = "--ranks of 2 or more" if shared else f"{max(2, ranks)} GPUs"
-        print(f"wanted {wanted}, found {count} GPUs{' that ranks share' if shared else ''}: nothing was run")
+    asked = {part for name in options.parts or PARTS for part in (BENCHES if name == "bench" else (name,))}
+    problem = _problem(ranks, count, shared) or (_uninstalled() if asked & set(BENCHES) else None)
+    if problem is not None:
+        print(f"{problem}: nothing was run")
         return 1
-    wanted_parts = [part for part in PARTS if part in (options.parts or PARTS)]
-    run = {"doctor": _doctor, "kit": _kit, "bench": _bench, "tunings": _tunings}
-    left_out = [part for part in wanted_parts if shared and part in ("kit", "tunings")]
     before = f"python tests/gpu/gpu_mps.py {ranks} " if shared else ""
     share = ", which all ranks share" if shared else ""
     print(f"{machine()}{share}\n# {' '.join([f'{before}python tools/gpu_results.py', *given])}", flush=True)
-    failed = [name for part in wanted_parts if part not in left_out for name in run[part](ranks, shared)]
-    for line in [*gpu_tests.left_out(), *(f"{part}: wants a GPU a rank" for part in left_out)]:
-        print(f"left out: {line}")
+    failed = _doctor(ranks) if "doctor" in asked else []
+    failed += _kit(ranks) if "kit" in asked and not shared else []
+    failed += _bench(ranks, shared, [way for way in BENCHES if way in asked]) if asked & set(BENCHES) else []
+    failed += _tunings(ranks) if "tunings" in asked and not shared else []
+    for part in ("kit", "tunings"):
+        if shared and part in asked:
+            print(f"left out: {part}: wants a GPU a rank")
     print(f"failed: {', '.join(failed)}" if failed else "all well")
     return 1 if failed else 0
+
+
+def _problem(ranks: int, count: int, shared: bool) -> str | None:
+    """Why this machine cannot run it."""
+    if count == 0 or (ranks > count and not shared):
+        return f"wanted {max(2, ranks)} GPUs, found {count}"
+    return None if ranks in RANKS else f"wanted --ranks of 2, 4 or 8, found {ranks}"
+
+
+def _uninstalled() -> str | None:
+    """What a bench has to compare with and is not there."""
+    missing = gpu_tests.absent("comm-flashinfer")
+    return f"wanted {' and '.join(missing)} installed to compare with, found none of that name" if missing else None
 
 
 if __name__ == "__main__":

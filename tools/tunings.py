@@ -61,13 +61,22 @@ def _where(machine: Mapping[str, Any]) -> dict[str, Any]:
     return {"device": names.pop(), "ranks": ranks, "hosts": [ranks] * machine["hosts"], "gpus": gpus}
 
 
+def _hidden(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The last dimension that most norms had: the plan has one curve a candidate, and small tensors are of shorter rows."""
+    found = [row["hidden"] for row in rows if row["hidden"] is not None]
+    return max(dict.fromkeys(found), key=found.count, default=None)
+
+
 def _of_bench(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
     if any(row.get("groups", 1) != 1 for row in rows):
         raise ValueError("wanted rows of one group that has the machine to itself, found groups side by side")
     points: dict[tuple[Any, ...], dict[int, float]] = {}
+    hidden = _hidden(rows)
     for row in rows:
         # An algorithm that was asked for by name is no candidate of a plan, which leaves the choice to the backend.
         if row["mode"] not in _CANDIDATES or row["in_place"] or ":" in row["backend"] or row["device"] != "cuda":
+            continue
+        if row["hidden"] is not None and row["hidden"] != hidden:
             continue
         candidate = _CANDIDATES[row["mode"]].format(row["backend"])
         key = (row["collective"], row["op"], row["dtype"], row["graph"], candidate, row["hidden"] or 0)

@@ -16,7 +16,6 @@ namespace {
 using commplane_car::element_bytes;
 using commplane_car::fail;
 
-
 bool is_aligned(const void* at) { return reinterpret_cast<uint64_t>(at) % sizeof(Vec) == 0; }
 
 // As many blocks as there are multiprocessors, each with few threads, before there are more of either: what waits in parallel
@@ -182,7 +181,7 @@ int all_reduce_rms_norm(Comm& comm, const void* in, const Norm& norm, int dtype,
     // which a sum goes two-shot: so much is a kernel less worth.
     const uint32_t blocks = blocks_for(norm.rows, g.layout.blocks);
     const uint64_t rows_of_block = (norm.rows + blocks - 1) / blocks;
-    const Way half = choose(comm, false, is_capturing(comm, stream), norm.rows * norm.hidden * element / 2);
+    const Way half = choose(comm, false, is_capturing(comm, stream), (norm.rows * norm.hidden * element + 1) / 2);
     const bool fits = norm.hidden % per_vec == 0 && row_vecs <= 4 * kMostThreads && rows_of_block * row_vecs <= g.layout.lamport_vecs;
     const bool fused = fits && half.algorithm == COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH;
     commplane_car_call said = about(COMMPLANE_CAR_KIND_ALL_REDUCE_RMS_NORM, dtype, norm.rows * norm.hidden);

@@ -80,8 +80,9 @@ CAR_SLOW uint64_t wait_slowly(const Group& g, const Vec* mail, BlockState* state
     return 0;
 }
 
-// `relayed`: what is waited for comes after its sender has waited too. If that is in vain the sender says for whom, and this wait, which
-// is longer, does not blame the sender.
+// `relayed`: what is waited for comes after its sender has waited too. If that is in vain the sender says for whom, and this wait must
+// not blame the sender: who begins later than the timeout is found missing by what it has not said, and whoever begins in time has given
+// up its own waits by twice the timeout.
 struct Patience {
     uint64_t since = 0;
     uint32_t turns = 0;
@@ -131,7 +132,7 @@ class Session {
         if (++patience.turns & 127) return true;
         // A turn takes about half a microsecond. One warp of a block looks about every millisecond for all; the others in case that it has left.
         const bool look = (patience.turns & (b.thread() < 32 ? 2047u : 65535u)) == 0;
-        const uint64_t limit = patience.relayed ? g.timeout_ns + g.timeout_ns / 4 : g.timeout_ns;
+        const uint64_t limit = patience.relayed ? 2 * g.timeout_ns + g.timeout_ns / 4 : g.timeout_ns;
         patience.since = wait_slowly(g, mail(g.rank, r), &g.state[b.block()], calls, r, patience.since, limit, look);
         failed = patience.since == 0;
         return !failed;

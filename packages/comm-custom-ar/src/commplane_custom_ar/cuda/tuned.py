@@ -180,7 +180,7 @@ def norm_ranges(choices: Sequence[Choice], capacity: int) -> list[SizeRange]:
     two_shot = next((i for i, one in enumerate(choices) if one.algorithm != "one_shot_push"), None)
     if two_shot is not None:
         one_shot = choices[two_shot - 1].max_bytes if two_shot else None
-        whole = min(capacity, 2 * one_shot + 1) if one_shot is not None else -1
+        whole = min(capacity, 2 * one_shot) if one_shot is not None else -1
     if end is not None and end <= whole:
         return [SizeRange(0, end + 1, fused)]
     out = [SizeRange(0, whole + 1, fused)] if whole >= 0 else []
