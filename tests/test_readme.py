@@ -41,6 +41,15 @@ def test_the_parallel_mlp_compiles_and_trains(commplane: Any, tmp_path: Path) ->
     assert out.returncode == 0, out.stderr
 
 
+def test_the_lines_for_torch_run_under_torchrun_with_no_other_import(tmp_path: Path) -> None:
+    (tmp_path / "through_torch.py").write_text(block("through_torch.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "through_torch.py"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.splitlines() == ["commplane [2.0, 2.0, 2.0, 2.0]"]
+
+
 def test_the_backend_in_40_lines_builds_as_a_wheel_and_runs(commplane: Any, tmp_path: Path) -> None:
     source, site = tmp_path / "star", tmp_path / "site"
     source.mkdir()
@@ -53,7 +62,8 @@ def test_the_backend_in_40_lines_builds_as_a_wheel_and_runs(commplane: Any, tmp_
     doctor = commplane("doctor", "--json", env={"PYTHONPATH": path})
     assert doctor.returncode == 0, doctor.stderr
     candidates = {c["name"]: c["state"] for c in json.loads(doctor.stdout)["plan"]["candidates"]}
-    assert candidates == {"custom_ar": "ready", "star": "ready", "torch": "ready", "torch_symm": "probe"}
+    ready = dict.fromkeys(("custom_ar", "star", "torch"), "ready")
+    assert candidates == {**ready, "flashinfer": "probe", "hierarchical": "probe", "torch_symm": "probe"}
     (tmp_path / "script.py").write_text(
         "import torch, commplane\n"
         "with commplane.init() as plane:\n"

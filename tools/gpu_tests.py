@@ -5,6 +5,7 @@ python tools/gpu_tests.py [--no-sanitize] [--no-kit] [options of pytest]    with
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ("--pyargs", "commplane_conformance", "--commplane-device=cuda", "-q", "-p", "no:cacheprovider")
-MARKS = "mark.gpu", "needs_gpu()"
+MARKS = "mark.gpu", "needs_gpu()", "pytestmark = marks()"
 SKIPPED = "--no-sanitize", "--no-kit"
+BACKENDS = {"torch": "core", "custom_ar": "comm-custom-ar", "flashinfer": "comm-flashinfer"}
+"""Those that the kit is run for, and whose package has what is expected of them."""
+WANTS = {"comm-flashinfer": ("commplane_flashinfer", "flashinfer")}
+"""Modules that are not there on every machine with GPUs, by the package whose parts want them."""
 
 
 def gpus() -> int:
@@ -25,17 +30,45 @@ def gpus() -> int:
     return int(done.stdout)
 
 
+def absent(package: str) -> list[str]:
+    """The modules that the parts of `package` want and that are not installed. Local."""
+    return [name for name in WANTS.get(package, ()) if importlib.util.find_spec(name) is None]
+
+
+def left_out() -> list[str]:
+    """What does not run for want of a module, a line each."""
+    return [
+        f"{package}: its tests and the kit for it were not run, {' and '.join(missing)} is not installed"
+        for package in WANTS
+        if (missing := absent(package))
+    ]
+
+
 def parts(options: list[str], count: int) -> list[tuple[str, list[str], str]]:
     """What to run: its name, the command, and where."""
     # Only modules that have such tests: others may want what is not installed there.
     modules = sorted(ROOT.glob("packages/*/tests/**/test_*.py"))
-    tests = [str(path) for path in modules if any(mark in path.read_text(encoding="utf-8") for mark in MARKS)]
+    tests = [path for path in modules if any(mark in path.read_text(encoding="utf-8") for mark in MARKS)]
     rest = [option for option in options if option not in SKIPPED]
-    out = [("tests", [sys.executable, "-m", "pytest", "-m", "gpu", *tests, *rest], str(ROOT))]
+    out = []
+    for package in sorted({path.relative_to(ROOT).parts[1] for path in tests}):  # each has kept ranks and an MPS of its own
+        if absent(package):
+            continue
+        own = [str(path) for path in tests if path.relative_to(ROOT).parts[1] == package]
+        out.append((f"tests, {package}", [sys.executable, "-m", "pytest", "-m", "gpu", *own, *rest], str(ROOT)))
     if "--no-kit" not in options and count >= 2:
-        for name, package in (("torch", "core"), ("custom_ar", "comm-custom-ar")):
+        for name, package in BACKENDS.items():
+            if absent(package):
+                continue
             # From an empty folder, as the kit wants it.
-            command = [sys.executable, "-m", "pytest", *KIT, f"--commplane-backend={name}", f"--commplane-ranks={ranks(count)}"]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                *KIT,
+                f"--commplane-backend={name}",
+                f"--commplane-ranks={ranks(name, count)}",
+            ]
             expected = ROOT / "packages" / package / "conformance-expected-failures-cuda.txt"
             if expected.exists():
                 command.append(f"--commplane-expected-failures={expected}")
@@ -48,9 +81,9 @@ def parts(options: list[str], count: int) -> list[tuple[str, list[str], str]]:
     return out
 
 
-def ranks(count: int) -> str:
-    """Sizes of the kit's groups: one rank a GPU."""
-    return ",".join(str(n) for n in (2, 3, 4) if n <= count)
+def ranks(backend: str, count: int) -> str:
+    """Sizes of the kit's groups: one rank a GPU, and for flashinfer those that it has kernels for."""
+    return ",".join(str(n) for n in ((2, 4, 8) if backend == "flashinfer" else (2, 3, 4, 8)) if n <= count)
 
 
 def main(options: list[str]) -> int:
@@ -72,8 +105,8 @@ def main(options: list[str]) -> int:
         print(f"--- {name}: exit code {code}, {time.monotonic() - begun:.0f} s", flush=True)
         if code:
             failed.append(name)
-    if count < 2:
-        print("one GPU: the kit and compute-sanitizer want two")
+    for line in [*left_out(), *(["one GPU: the kit and compute-sanitizer want two"] if count < 2 else [])]:
+        print(line)
     print(f"failed: {', '.join(failed)}" if failed else "all well")
     return 1 if failed else 0
 

@@ -28,7 +28,7 @@ class Package:
         folder: where it is.
         dist: name of the distribution.
         version: its version.
-        plugins: names of its entry points for commplane; empty for core.
+        plugins: names of its entry points for commplane; empty for core, and for adapters, which are plugins of their engine.
         module: its import name.
     """
 

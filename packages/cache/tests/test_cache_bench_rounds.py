@@ -14,6 +14,7 @@ from commplane_cache.bench import rounds
 pytestmark = pytest.mark.timeout(90)
 
 
+@pytest.mark.long
 def test_a_short_run_has_every_figure_and_leaves_no_process() -> None:
     parser = argparse.ArgumentParser()
     rounds.add_arguments(parser)

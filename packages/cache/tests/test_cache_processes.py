@@ -50,10 +50,9 @@ def test_answers_and_agreement_stay_whatever_the_storage_of_one_rank_does(tmp_pa
     assert shm_leftovers() <= before
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    "pipelined", [pytest.param(False, marks=pytest.mark.long, id="blocking"), pytest.param(True, id="pipelined")]
-)
+@pytest.mark.parametrize("pipelined", [False, True], ids=["blocking", "pipelined"])
 def test_a_rank_that_leaves_out_rounds_is_named_on_all_others(tmp_path, pipelined):
     one = PassJob("with the cache", cache(tmp_path, pipelined=pipelined, timeout=4.0))
     jobs = [job([one.on_rank(mute=1) if rank == 2 else one]) for rank in range(4)]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of csrc/cuda as programs of gpu_protocol_model.py: one block of each rank, a vector a tile or slot.
 
-`push` is one_shot_push.h and the fused norm, `tiles` exchange_tiles(), `twice` exchange_twice() of tiles.h, `broadcast` the
-former with one sender, `pull` and `pull_twice` all_reduce_pull.h, `barrier` the words about the call alone. session.h is `say`
-and `hear`.
+`push` is one_shot_push.h and the fused norm, `push_twice` two_shot_push.h, `tiles` exchange_tiles() of tiles.h, `broadcast` the
+same with one sender, `pull` and `pull_twice` all_reduce_pull.h, `barrier` the words about the call alone. session.h is `say` and
+`hear`.
 `python gpu_protocol_programs.py` is the long search.
 """
 
@@ -25,6 +25,7 @@ class Protocol:
     ring: int = 4  # kRing
     parities: int = 2  # of Lamport slots
     mail_parities: int = 2
+    sums_at: int = 8  # vectors of a source that are parts; behind them are sums
     empties: bool = True  # the owner of a slot empties it when it has read it
     empties_in_time: bool = True  # or only after it has said its next call
     hears: bool = True  # every call waits for what all peers call
@@ -42,7 +43,7 @@ PRESENT = Protocol()
 
 @dataclass(frozen=True)
 class Call:
-    """One call; `count` is vectors of a push and tiles of the rest."""
+    """One call; `count` is vectors of a push, of each rank's part where it pushes twice, and tiles of the rest."""
 
     kind: str
     count: int = 1
@@ -97,56 +98,76 @@ class _Rank:
         self.calls += 1
         self.tiles += done
 
-    # --- one_shot_push.h ---
+    # --- one_shot_push.h, two_shot_push.h ---
 
-    def push(self, count: int) -> None:
+    def slot(self, owner: int, source: int, vector: int) -> int:
+        return self.place("slot of", source, "at", owner, "parity", self.calls % self.protocol.parities, "vector", vector)
+
+    def fill(self, vector: int, what: str) -> None:
+        for p in self.peers:
+            self.data.append(Write(f"sends {what} to {p}", self.slot(p, self.rank, vector), f"{what} {self.rank}.{self.calls}"))
+
+    def empty(self, vector: int, what: str) -> None:
+        for p in self.peers:
+            slot = self.slot(self.rank, p, vector)
+            self.data.append(Read(f"takes {what} of {p}", slot, f"{what} {p}.{self.calls}", waits=True))
+            if self.protocol.empties:
+                (self.data if self.protocol.empties_in_time else self.owed).append(Write(f"empties the slot of {p}", slot, EMPTY))
+
+    def begin_push(self) -> None:
         self.say(self.control)
         self.data += self.owed
         self.owed = []
         self.hear(self.control)
-        parity = self.calls % self.protocol.parities
-        for p in self.peers:
-            for i in range(count):
-                slot = self.place("slot of", self.rank, "at", p, "parity", parity, "vector", i)
-                self.data.append(Write(f"sends to {p}", slot, f"{self.rank} in call {self.calls}"))
+
+    def push(self, count: int) -> None:
+        self.begin_push()
         for i in range(count):
-            for p in self.peers:
-                slot = self.place("slot of", p, "at", self.rank, "parity", parity, "vector", i)
-                self.data.append(Read(f"takes from {p}", slot, f"{p} in call {self.calls}", waits=True))
-                empty = Write(f"empties the slot of {p}", slot, EMPTY)
-                if self.protocol.empties:
-                    (self.data if self.protocol.empties_in_time else self.owed).append(empty)
+            self.fill(i, "all")
+        for i in range(count):
+            self.empty(i, "all")
+        self.end(0)
+
+    def push_twice(self, count: int) -> None:
+        """Slots for sums lie behind those for parts. A round is sent, summed a round later, its sums taken a round after that."""
+        self.begin_push()
+        sums = self.protocol.sums_at
+        for t in range(count + 2):
+            if t < count:
+                self.fill(t, "part")
+            if 1 <= t <= count:
+                self.empty(t - 1, "part")
+                self.fill(sums + t - 1, "sum")
+            if t >= 2:
+                self.empty(sums + t - 2, "sum")
         self.end(0)
 
     # --- tiles.h ---
 
-    def flag(self, owner: int, source: int, phase: int) -> int:
-        return self.place("flag of", source, "at", owner, "phase", phase, value=0)
+    def flag(self, owner: int, source: int) -> int:
+        return self.place("flag of", source, "at", owner, value=0)
 
-    def raise_flags(self, phase: int, value: int) -> None:
+    def raise_flags(self, value: int) -> None:
         self.data += [
-            Write(f"raises flag {value} for {p}", self.flag(p, self.rank, phase), value, self.protocol.release)
+            Write(f"raises flag {value} for {p}", self.flag(p, self.rank), value, self.protocol.release) for p in self.peers
+        ]
+
+    def wait(self, value: int) -> None:
+        self.data += [
+            Read(f"waits for flag {value} of {p}", self.flag(self.rank, p), value, True, True, self.protocol.acquire)
             for p in self.peers
         ]
 
-    def wait(self, phase: int, value: int) -> None:
-        self.data += [
-            Read(f"waits for flag {value} of {p}", self.flag(self.rank, p, phase), value, True, True, self.protocol.acquire)
-            for p in self.peers
-        ]
+    def tile(self, owner: int, source: int, number: int) -> int:
+        return self.place("tile of", source, "at", owner, "place", number % self.protocol.ring)
 
-    def tile(self, owner: int, source: int, number: int, phase: int) -> int:
-        return self.place("tile of", source, "at", owner, "place", number % self.protocol.ring, "phase", phase)
-
-    def send(self, number: int, phase: int) -> None:
+    def send(self, number: int) -> None:
         for p in self.peers:
-            self.data.append(
-                Write(f"fills tile {number} of {p}", self.tile(p, self.rank, number, phase), f"{self.rank} tile {number}")
-            )
+            self.data.append(Write(f"fills tile {number} of {p}", self.tile(p, self.rank, number), f"{self.rank} tile {number}"))
 
-    def take(self, number: int, phase: int, senders: Iterable[int]) -> None:
+    def take(self, number: int, senders: Iterable[int]) -> None:
         for p in senders:
-            self.data.append(Read(f"reads tile {number} of {p}", self.tile(self.rank, p, number, phase), f"{p} tile {number}"))
+            self.data.append(Read(f"reads tile {number} of {p}", self.tile(self.rank, p, number), f"{p} tile {number}"))
 
     def exchange(self, count: int, root: int | None) -> None:
         sends = root is None or root == self.rank
@@ -158,31 +179,14 @@ class _Rank:
             late = not self.protocol.reads_first and t < count
             if t < count:
                 if sends:
-                    self.send(self.tiles + t, 0)
-                self.raise_flags(0, self.tiles + t + 1)
+                    self.send(self.tiles + t)
+                self.raise_flags(self.tiles + t + 1)
             if t > 0:
                 if waits or root != self.rank:
-                    self.wait(0, self.tiles + t)
+                    self.wait(self.tiles + t)
                 while taken < (t - 1 if late else t):
-                    self.take(self.tiles + taken, 0, senders)
+                    self.take(self.tiles + taken, senders)
                     taken += 1
-        self.hear(self.data)
-        self.end(count)
-
-    def twice(self, count: int) -> None:
-        self.say(self.data)
-        for t in range(count + 2):
-            if t < count:
-                self.send(self.tiles + t, 0)
-                self.raise_flags(0, self.tiles + t + 1)
-            if 1 <= t <= count:
-                self.wait(0, self.tiles + t)
-                self.take(self.tiles + t - 1, 0, self.peers)
-                self.send(self.tiles + t - 1, 1)
-                self.raise_flags(1, self.tiles + t)
-            if t >= 2:
-                self.wait(1, self.tiles + t - 1)
-                self.take(self.tiles + t - 2, 1, self.peers)
         self.hear(self.data)
         self.end(count)
 
@@ -195,9 +199,9 @@ class _Rank:
                 Write("has a new input", self.place("part", c, "of", self.rank), f"{self.rank} in call {self.calls}")
             )
         self.say(self.data)
-        self.raise_flags(0, self.tiles + 1)
+        self.raise_flags(self.tiles + 1)
         if self.protocol.first_hop:
-            self.wait(0, self.tiles + 1)
+            self.wait(self.tiles + 1)
         parts = [self.rank] if twice else range(self.world)
         for c in parts:
             for r in range(self.world):
@@ -207,9 +211,9 @@ class _Rank:
                 self.data.append(
                     Write(f"writes the sum to {r}", self.place("part", self.rank, "of", r), f"sum of call {self.calls}")
                 )
-        self.raise_flags(0, self.tiles + 2)
+        self.raise_flags(self.tiles + 2)
         if self.protocol.last_hop:
-            self.wait(0, self.tiles + 2)
+            self.wait(self.tiles + 2)
         self.hear(self.data)
         for c in range(self.world) if twice else ():
             self.data.append(Read("looks at the result", self.place("part", c, "of", self.rank), f"sum of call {self.calls}"))
@@ -222,8 +226,8 @@ class _Rank:
             self.exchange(call.count, None)
         elif call.kind == "broadcast":
             self.exchange(call.count, call.root % self.world)
-        elif call.kind == "twice":
-            self.twice(call.count)
+        elif call.kind == "push_twice":
+            self.push_twice(call.count)
         elif call.kind in ("pull", "pull_twice"):
             self.pull(call.kind == "pull_twice")
         else:
@@ -251,7 +255,8 @@ KINDS = (
     Call("push", 2),
     Call("tiles"),
     Call("tiles", 2),
-    Call("twice"),
+    Call("push_twice"),
+    Call("push_twice", 2),
     Call("broadcast", 1, 0),
     Call("broadcast", 2, -1),
     Call("pull"),

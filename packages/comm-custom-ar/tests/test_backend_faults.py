@@ -61,7 +61,7 @@ def loses_a_rank_between_two_calls(store: Any, rank: int, world_size: int, lost:
     return said
 
 
-@pytest.mark.parametrize("lost", [1, ORDER[0]])
+@pytest.mark.parametrize("lost", [1, pytest.param(ORDER[0], marks=pytest.mark.long)])
 def test_a_rank_killed_before_a_call_is_named_in_calls_of_every_kind(forks: Server, lost: int) -> None:
     outcomes = forks.run(3, loses_a_rank_between_two_calls, lost, timeout=PATIENCE_S)
     assert outcomes[lost].returncode == -signal.SIGKILL, outcomes[lost].output
@@ -138,6 +138,7 @@ def waits_for_a_rank_that_does_not_call(store: Any, rank: int, world_size: int, 
     return said
 
 
+@pytest.mark.long
 def test_a_stopped_rank_is_named_at_the_deadline(forks: Server) -> None:
     outcomes = forks.run(3, waits_for_a_rank_that_does_not_call, "stop", timeout=PATIENCE_S)
     for said in survivors(outcomes, 1):
@@ -157,6 +158,7 @@ def test_a_rank_that_never_calls_is_named_at_the_deadline_and_finds_its_communic
         assert "gave up" in late["text"] and "poisoned" in late["again"]["text"], late
 
 
+@pytest.mark.long
 def test_a_stopped_rank_that_is_killed_is_named_long_before_the_deadline(forks: Server) -> None:
     outcomes = forks.run(3, waits_for_a_rank_that_does_not_call, "stop, then kill", timeout=PATIENCE_S)
     for said in survivors(outcomes, 1):
@@ -190,6 +192,7 @@ def is_stopped_for_a_while(store: Any, rank: int, world_size: int) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_a_rank_that_is_stopped_and_goes_on_within_the_deadline_does_no_harm(forks: Server) -> None:
     outcomes = forks.run(3, is_stopped_for_a_while, timeout=PATIENCE_S)
     assert [o.result for o in outcomes] == [True] * 3, [o.output for o in outcomes]

@@ -94,6 +94,7 @@ def has_gradients(store: Any, rank: int, world_size: int) -> None:
             torch.testing.assert_close(c, w, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 def test_a_block_has_the_gradients_of_one_process_eager_and_compiled() -> None:
     two_ranks(has_gradients)
 
@@ -124,6 +125,7 @@ def passes_opcheck(store: Any, rank: int, world_size: int) -> None:
         torch.library.opcheck(op.all_reduce_rms_norm.default, (x, x, weight, 1e-6, 0.0, group))
 
 
+@pytest.mark.long
 def test_every_operator_passes_torchs_own_check_of_operators() -> None:
     two_ranks(passes_opcheck)
 

@@ -138,6 +138,7 @@ def never_has_any(store: Any, rank: int, world_size: int) -> dict[str, Any]:
     return {**said, "open": len(plane.communicators)}
 
 
+@pytest.mark.long
 def test_a_rank_that_has_no_file_descriptor_for_any_backend_is_an_error_on_all_ranks(forks: Server) -> None:
     """Torch wants sockets, and may wait for some until the deadline; no rank must believe that it has a communicator."""
     for said in results(forks.run(3, never_has_any, timeout=PATIENCE_S)):

@@ -92,8 +92,8 @@ def test_the_plan_is_told_what_each_collective_takes_at_each_size() -> None:
         ]
         assert two.ranges(Collective.ALL_GATHER, "bfloat16", capturing) == [SizeRange(0, None, "tiled")]
         assert four.ranges(Collective.ALL_REDUCE_RMS_NORM, "float16", capturing) == [
-            SizeRange(0, MIB + 1, "fused_one_shot"),
-            SizeRange(MIB + 1, 64 * MIB + 1, "all_reduce, then add_rms_norm"),
+            SizeRange(0, MIB // 2 + 1, "fused_one_shot"),  # twice what goes one-shot
+            SizeRange(MIB // 2 + 1, 64 * MIB + 1, "all_reduce, then add_rms_norm"),
         ]
         assert four.ranges(Collective.BROADCAST, "float16", capturing) == [SizeRange(0, 64 * MIB + 1, "tiled")]
         assert pcie.ranges(Collective.ALL_REDUCE, "float32", capturing) == [SizeRange(0, MIB // 4 + 1, "one_shot_push")]

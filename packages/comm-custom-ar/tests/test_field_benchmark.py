@@ -24,6 +24,7 @@ def row(candidate: str, us: float, *, label: str | None = None, mean: float | No
     return Row(candidate, label or candidate, True, "float32", 64, 10, [us], [us if mean is None else mean])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(170)
 def test_it_compares_what_is_there_and_says_what_is_not(tmp_path: Path) -> None:
     out = tmp_path / "field.json"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commplane.api import ReduceOp, add_rms_norm, refuse_overlap
+from commplane.api import Quantization, Quantized, ReduceOp, add_rms_norm, quantize, refuse_overlap
 from commplane.backends.torch_dist import TorchDistributed
 from commplane.errors import UnsupportedOperation
 
@@ -88,6 +88,23 @@ class Honest(TorchDistributed):
         self, tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
     ) -> tuple[Tensor, Tensor]:
         return add_rms_norm(self.all_reduce(tensor, ReduceOp.SUM), residual, weight, eps, weight_bias)
+
+    def all_reduce_rms_norm_quant(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        how: Quantization,
+        keep_norm: bool,
+    ) -> tuple[Quantized, Tensor | None, Tensor]:
+        norm, total = self.all_reduce_rms_norm(tensor, residual, weight, eps, weight_bias)
+        return self.quantized(norm, how), norm if keep_norm else None, total
+
+    def quantized(self, norm: Tensor, how: Quantization) -> Quantized:
+        """The norm in the format: a step for a wrong backend to replace."""
+        return quantize(norm, how)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype)

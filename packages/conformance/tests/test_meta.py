@@ -38,11 +38,13 @@ def test_there_are_more_than_twenty_and_each_is_caught_by_a_test_of_its_own() ->
 
 # Their tests wait for deadlines, which takes 10 to 25 s each.
 WAITS = {"MeetsElsewhere", "UnboundedWait", "LeaksAnotherName", "GivesUpEarly", "LeaksAThread", "HoldsTheLock"}
+# Theirs take 4 to 10 s each.
+SLOW = {"ReturnsWithoutASource", "LeaksASegment", "ScattersInARing", "ReturnsWithoutPeers", "Races"}
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    "plugin", [pytest.param(name, marks=[pytest.mark.long] * (name.partition(":")[2] in WAITS)) for name in ALL]
+    "plugin", [pytest.param(name, marks=[pytest.mark.long] * (name.partition(":")[2] in WAITS | SLOW)) for name in ALL]
 )
 def test_a_wrong_backend_fails_the_test_that_is_meant_for_it(kit: Kit, plugin: str) -> None:
     argument, name = node(ALL[plugin])

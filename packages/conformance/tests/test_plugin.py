@@ -68,7 +68,7 @@ def test_a_wrong_option_is_one_sentence(kit: Kit, options: tuple[str, ...], word
 def test_the_head_and_the_report_say_what_was_tested(kit: Kit) -> None:
     run = kit("wrong_plugins:Honest", "--commplane-ranks", "2,3", tests=(LITERAL,))
     assert run.code == 0, run.output
-    assert "subject from subject 1.0, comm API 1.1" in run.output
+    assert "subject from subject 1.0, comm API 1.3" in run.output
     assert (run.report["backend"], run.report["dist"], run.report["ranks"]) == ("subject", "subject 1.0", [2, 3])
     assert run.report["summary"] == {"passed": 1}
     assert run.report["tests"][LITERAL_ID]["clauses"] == ["S56"]

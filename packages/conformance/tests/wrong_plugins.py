@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from commplane.api import BackendSpec, Capability, Numerics, Usable, hookimpl
+from commplane.api import BackendSpec, Capability, Numerics, QuantFormat, Usable, hookimpl
 
 
 def probe(_request: Any, _facts: Any) -> Usable:
@@ -16,12 +16,13 @@ def spec(factory: str, **changes: Any) -> BackendSpec:
     """What all of them declare."""
     values: dict[str, Any] = {
         "name": "subject",
-        "api": (1, 1),
+        "api": (1, 3),
         "factory": factory,
         "probe": "wrong_plugins:probe",
         "capabilities": set(Capability),
         "dtypes": {"float16", "bfloat16", "float32", "float64", "int8", "int64"},
         "ops": {"sum", "min", "max", "avg"},
+        "formats": set(QuantFormat),
         "device": "cpu",
         "numerics": Numerics.RANK_ORDER,
         "priority": 10,

@@ -3,7 +3,11 @@
 // The kernels alone, every algorithm with several grids, in graph replay: which variant is the fastest at which size. One process
 // drives all GPUs through peer access, so nothing of the library's own set-up is needed or measured.
 //
-//   nvcc -std=c++17 -O3 -arch=sm_90 -I ../cuda gpu_variants.cu ../cuda/*.cu -o gpu_variants && ./gpu_variants [ranks] [quick]
+//   nvcc -std=c++17 -O3 -arch=sm_90 -I ../cuda gpu_variants.cu ../cuda/*.cu -o gpu_variants
+//   ./gpu_variants [ranks] [vectors of a tile] [small | large | norm]
+//
+// With fewer GPUs than ranks several ranks share one, each with its part of the multiprocessors, so that the kernels of all fit; none
+// is brought up early then, because it could take the place of a kernel that others wait for.
 //
 // A line: bytes, algorithm, blocks, threads, microseconds a call (median of the replays, the slowest rank), whether the sums were right.
 #include <cuda_bf16.h>
@@ -148,15 +152,20 @@ void time_one(const char* name, uint64_t bytes, uint32_t blocks, uint32_t thread
 
 int main(int argc, char** argv) {
     const int n = argc > 1 ? atoi(argv[1]) : 2;
-    const uint32_t tile = argc > 2 ? atoi(argv[2]) : 2048;
+    const uint32_t tile = argc > 2 ? atoi(argv[2]) : n <= 2 ? 1024 : n <= 4 ? 512 : 256;
     const char* what = argc > 3 ? argv[3] : "all";
     int present = 0;
     CHECK(cudaGetDeviceCount(&present));
+    const int share = (n + present - 1) / present;
+    const bool alone = share == 1;
+    int multiprocessors = 0;
+    CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    const uint32_t one_each = multiprocessors / share, two_each = n <= 4 ? 2 * one_each : one_each;
     CHECK(cudaHostAlloc(&control, sizeof *control, cudaHostAllocPortable | cudaHostAllocMapped));
     memset(control, 0, sizeof *control);
     Layout layout = {};
-    layout.blocks = 264;
-    layout.lamport_vecs = 4096;
+    layout.blocks = two_each;
+    layout.lamport_vecs = n <= 2 ? 4096 : n <= 4 ? 2048 : 1024;  // as in comm.cc
     layout.tile_vecs = tile;
     layout.ranks = n;
     uint64_t at = 0;
@@ -212,16 +221,16 @@ int main(int argc, char** argv) {
     Row row = {};
     for (int p = 0; p < n; ++p) row.direct[p] = devices[p].in;
     const bool all = !strcmp(what, "all");
-    const uint64_t capacity = uint64_t(264) * layout.lamport_vecs * 16;
+    const uint64_t capacity = uint64_t(two_each) * layout.lamport_vecs * 16;
     for (uint64_t bytes : {1ull << 10, 8ull << 10, 32ull << 10, 64ull << 10, 128ull << 10, 256ull << 10, 512ull << 10, 1ull << 20, 2ull << 20, 4ull << 20, 8ull << 20, 16ull << 20, 64ull << 20}) {
         const uint64_t count = bytes / 2, vecs = bytes / 16;
         if (bytes <= capacity && (all || !strcmp(what, "small"))) {
             for (bool early : {true, false}) {
                 for (uint32_t threads : {128u, 256u, 512u}) {
-                    if (!early && threads != 256) continue;
-                    for (uint32_t most : {132u, 264u}) {
+                    if (early ? !alone : alone && threads != 256) continue;
+                    for (uint32_t most : {one_each, two_each}) {
                         uint64_t blocks = (vecs + threads - 1) / threads;
-                        if (most == 264 && blocks <= 132) continue;
+                        if (most == two_each && blocks <= one_each) continue;
                         if (blocks > most) blocks = most;
                         if ((vecs + blocks * threads - 1) / (blocks * threads) * threads > layout.lamport_vecs) continue;
                         time_one("one_shot_push", bytes, blocks, threads, early, true, false, [&](Device& d, const Launch& how) {
@@ -231,16 +240,26 @@ int main(int argc, char** argv) {
                 }
             }
         }
-        if (bytes >= 256 << 10 && (all || !strcmp(what, "large"))) {
-            for (uint32_t blocks : {64u, 132u, 264u}) {
-                for (uint32_t threads : {256u, 512u}) {
-                    time_one("two_shot_push", bytes, blocks, threads, true, true, false, [&](Device& d, const Launch& how) {
-                        return launch_two_shot_push(how, d.group, 3, d.in, d.out, count, true);
+        if (bytes >= 64 << 10 && (all || !strcmp(what, "large"))) {
+            for (uint32_t blocks : {one_each / 2, one_each, two_each}) {
+                for (uint32_t threads : {128u, kTwoShotThreads}) {
+                    const uint64_t rounds = layout.lamport_vecs / 2 / threads, piece = n * blocks * rounds * threads * 8;
+                    time_one("two_shot_push", bytes, blocks, threads, alone, true, false, [&](Device& d, const Launch& how) {
+                        cudaError_t error = cudaSuccess;
+                        for (uint64_t at = 0; at < count && error == cudaSuccess; at += piece) {
+                            const char* const in = static_cast<const char*>(d.in) + at * 2;
+                            char* const out = static_cast<char*>(d.out) + at * 2;
+                            error = launch_two_shot_push(how, d.group, 3, in, out, count - at < piece ? count - at : piece, true);
+                        }
+                        return error;
                     });
-                    time_one("one_shot_pull", bytes, blocks, threads, true, true, false, [&](Device& d, const Launch& how) {
+                }
+                for (uint32_t threads : {256u, 512u}) {
+                    if (!alone) continue;  // two blocks of theirs do not fit on a multiprocessor
+                    time_one("one_shot_pull", bytes, blocks, threads, alone, true, false, [&](Device& d, const Launch& how) {
                         return launch_one_shot_pull(how, d.group, 3, row, d.out, count);
                     });
-                    time_one("two_shot_pull", bytes, blocks, threads, true, true, true, [&](Device& d, const Launch& how) {
+                    time_one("two_shot_pull", bytes, blocks, threads, alone, true, true, [&](Device& d, const Launch& how) {
                         return launch_two_shot_pull(how, d.group, 3, row, count);
                     });
                 }
@@ -249,9 +268,9 @@ int main(int argc, char** argv) {
         if (bytes >= 8 << 10 && bytes <= capacity && (all || !strcmp(what, "norm"))) {
             const uint64_t rows = count / 4096;
             for (uint32_t threads : {256u, 512u}) {
-                const uint64_t blocks = rows < 132 ? rows : 132;
+                const uint64_t blocks = rows < two_each ? rows : two_each;
                 if ((rows + blocks - 1) / blocks * 512 > layout.lamport_vecs) continue;
-                time_one("fused_norm", bytes, blocks, threads, true, false, false, [&](Device& d, const Launch& how) {
+                time_one("fused_norm", bytes, blocks, threads, alone, false, false, [&](Device& d, const Launch& how) {
                     const Norm norm = {d.residual, d.weight, d.out, d.residual_out, rows, 4096, 1e-6f, 0.0f};
                     return launch_all_reduce_rms_norm(how, d.group, 3, d.in, norm);
                 });

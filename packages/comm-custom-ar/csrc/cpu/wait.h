@@ -36,14 +36,16 @@ enum class Waited { kReady, kAborted, kExpired, kStopped };
 //   spin    1024 polls (some tens of us) with neither clock nor system call: the common wait ends here.
 //   yield   up to 10 ms: the core is probably wanted elsewhere. The abort words and the clock are looked at every 16 polls, for
 //           one yield can take a whole scheduler slice. With more ranks than cores (`oversubscribed`) spinning only keeps the
-//           peer from running: then it begins here.
+//           peer from running: then it begins here, and lasts 300 us, for whoever the peer waits for, such as the network's
+//           threads, wants the core too.
 //   sleep   50 us a poll: whoever waits this long waits for something slow, and leaves the core to it.
 //
 // `stopped` may make system calls; it is asked about every 20 ms of the last phase, and its yes is final: it may have used up what
 // it was told, such as a signal.
 template <class Ready, class Aborted, class Stopped>
 Waited bounded_wait(bool oversubscribed, uint64_t timeout_ns, uint64_t& begun, Ready ready, Aborted aborted, Stopped stopped) {
-    constexpr uint64_t kYieldNs = 10000000, kAskNs = 20000000;
+    constexpr uint64_t kAskNs = 20000000;
+    const uint64_t yield_ns = oversubscribed ? 300000 : 10000000;
     constexpr timespec kNap = {0, 50000};
     enum { kSpin, kYield, kSleep } phase = oversubscribed ? kYield : kSpin;
     uint32_t left = oversubscribed ? 16 : 1024;
@@ -63,7 +65,7 @@ Waited bounded_wait(bool oversubscribed, uint64_t timeout_ns, uint64_t& begun, R
         if (begun == 0) begun = now;
         if (now - begun >= timeout_ns) return ready() ? Waited::kReady : Waited::kExpired;
         if (phase == kSpin) phase = kYield;
-        if (phase == kYield && now - begun >= kYieldNs) phase = kSleep;
+        if (phase == kYield && now - begun >= yield_ns) phase = kSleep;
         left = phase == kYield ? 16 : 1;
         if (phase == kSleep && now - asked >= kAskNs) {
             asked = now;

@@ -23,8 +23,8 @@ CAR_FN void one_shot_pull(const B& b, const Group& g, const void* const* row, vo
     CAR_UNROLL
     for (int r = 0; r < N; ++r) of[r] = row[r < int(n) ? r : 0];
     s.enter();
-    raise(s, 0, s.tiles + 1);
-    if (await(s, 0, s.tiles + 1)) {
+    raise(s, s.tiles + 1);
+    if (await(s, s.tiles + 1)) {
         for (uint64_t v = uint64_t(b.block()) * b.threads() + b.thread(); v < vecs; v += U * stride) {
             Vec got[U][N];
             CAR_UNROLL
@@ -42,8 +42,8 @@ CAR_FN void one_shot_pull(const B& b, const Group& g, const void* const* row, vo
             }
         }
         s.b.sync();
-        raise(s, 0, s.tiles + 2);
-        await(s, 0, s.tiles + 2);
+        raise(s, s.tiles + 2);
+        await(s, s.tiles + 2);
         s.agree();
     }
     s.leave(2);
@@ -62,8 +62,8 @@ CAR_FN void two_shot_pull(const B& b, const Group& g, void* const* row, uint64_t
     CAR_UNROLL
     for (int r = 0; r < N; ++r) of[r] = row[r < int(n) ? r : 0];
     s.enter();
-    raise(s, 0, s.tiles + 1);
-    if (await(s, 0, s.tiles + 1)) {
+    raise(s, s.tiles + 1);
+    if (await(s, s.tiles + 1)) {
         for (uint64_t v = rank * part + uint64_t(b.block()) * b.threads() + b.thread(); v < stop; v += U * stride) {
             Vec got[U][N];
             CAR_UNROLL
@@ -87,8 +87,8 @@ CAR_FN void two_shot_pull(const B& b, const Group& g, void* const* row, uint64_t
             }
         }
         s.b.sync();
-        raise(s, 0, s.tiles + 2);
-        await(s, 0, s.tiles + 2);
+        raise(s, s.tiles + 2);
+        await(s, s.tiles + 2);
         s.agree();
     }
     s.leave(2);

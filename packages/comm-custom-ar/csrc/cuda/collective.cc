@@ -16,17 +16,14 @@ namespace {
 using commplane_car::element_bytes;
 using commplane_car::fail;
 
-constexpr uint32_t kThreads = 512;
-
 bool is_aligned(const void* at) { return reinterpret_cast<uint64_t>(at) % sizeof(Vec) == 0; }
 
 // As many blocks as there are multiprocessors, each with few threads, before there are more of either: what waits in parallel
 // waits less.
-uint32_t threads_for(uint64_t vecs, uint32_t blocks) {
-    for (uint32_t threads : {128u, 256u}) {
-        if ((vecs + threads - 1) / threads <= blocks / 2) return threads;
-    }
-    return kThreads;
+uint32_t threads_for(uint64_t vecs, uint32_t blocks, uint32_t most) {
+    uint32_t threads = 128;
+    while (threads < most && (vecs + threads - 1) / threads > blocks / 2) threads *= 2;
+    return threads;
 }
 
 uint32_t blocks_for(uint64_t items, uint32_t blocks) { return uint32_t(items < blocks ? (items > 0 ? items : 1) : blocks); }
@@ -136,16 +133,18 @@ int all_reduce(Comm& comm, const AllReduce& one, cudaStream_t stream, const comm
 
     uint64_t piece = one.count;  // elements of a kernel
     const uint32_t most = way.blocks != 0 && way.blocks < g.layout.blocks ? way.blocks : g.layout.blocks;
-    Launch how = {stream, most, way.threads != 0 ? way.threads : kThreads, comm.early};
+    Launch how = {stream, most, way.threads != 0 ? way.threads : kMostThreads, comm.early};
     switch (way.algorithm) {
         case COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH:
-            if (way.threads == 0) how.threads = threads_for(vecs, most);
+            if (way.threads == 0) how.threads = threads_for(vecs, most, kMostThreads);
             how.blocks = blocks_for((vecs + how.threads - 1) / how.threads, most);
             piece = uint64_t(how.blocks) * (g.layout.lamport_vecs / how.threads * how.threads) * (sizeof(Vec) / element);
             break;
         case COMMPLANE_CAR_CUDA_TWO_SHOT_PUSH: {
-            const uint64_t tile = uint64_t(g.layout.tile_vecs) / 2 * g.ranks;
-            how.blocks = blocks_for((vecs + tile - 1) / tile, most);
+            const uint64_t part = (vecs + g.ranks - 1) / g.ranks, slots = g.layout.lamport_vecs / 2;
+            if (way.threads == 0 || way.threads > kTwoShotThreads) how.threads = threads_for(part, most, kTwoShotThreads);
+            how.blocks = blocks_for((part + how.threads - 1) / how.threads, most);
+            piece = uint64_t(how.blocks) * (slots / how.threads * how.threads) * g.ranks * (sizeof(Vec) / element);
             break;
         }
         default: {
@@ -157,19 +156,18 @@ int all_reduce(Comm& comm, const AllReduce& one, cudaStream_t stream, const comm
     rest = rest * 1025 + how.threads;
     return call(comm, said, way.algorithm, rest, stream, [&] {
         switch (way.algorithm) {
-            case COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH: {
-                cudaError_t error = cudaSuccess;
-                for (uint64_t at = 0; at < one.count && error == cudaSuccess; at += piece) {
-                    const uint64_t count = one.count - at < piece ? one.count - at : piece;
-                    error = launch_one_shot_push(how, g, one.dtype, static_cast<const char*>(one.in) + at * element,
-                                                 static_cast<char*>(one.out) + at * element, count, aligned);
-                }
-                return error;
-            }
             case COMMPLANE_CAR_CUDA_ONE_SHOT_PULL: return launch_one_shot_pull(how, g, one.dtype, row, one.out, one.count);
             case COMMPLANE_CAR_CUDA_TWO_SHOT_PULL: return launch_two_shot_pull(how, g, one.dtype, row, one.count);
-            default: return launch_two_shot_push(how, g, one.dtype, one.in, one.out, one.count, aligned);
+            default: break;
         }
+        const auto push = way.algorithm == COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH ? launch_one_shot_push : launch_two_shot_push;
+        cudaError_t error = cudaSuccess;
+        for (uint64_t at = 0; at < one.count && error == cudaSuccess; at += piece) {
+            const uint64_t count = one.count - at < piece ? one.count - at : piece;
+            error = push(how, g, one.dtype, static_cast<const char*>(one.in) + at * element, static_cast<char*>(one.out) + at * element,
+                         count, aligned);
+        }
+        return error;
     });
 }
 
@@ -179,10 +177,13 @@ int all_reduce_rms_norm(Comm& comm, const void* in, const Norm& norm, int dtype,
     const bool aligned = is_aligned(in) && is_aligned(norm.residual) && is_aligned(norm.weight) && is_aligned(norm.norm_out) &&
                          is_aligned(norm.residual_out) && norm.hidden % per_vec == 0;
     const uint64_t row_vecs = (norm.hidden + per_vec - 1) / per_vec;
-    // By what is equal on all ranks alone: an unaligned tensor on one of them must not send it another way.
+    // By what is equal on all ranks alone: an unaligned tensor on one of them must not send it another way. Up to twice the size from
+    // which a sum goes two-shot: so much is a kernel less worth.
     const uint32_t blocks = blocks_for(norm.rows, g.layout.blocks);
     const uint64_t rows_of_block = (norm.rows + blocks - 1) / blocks;
-    const bool fused = norm.hidden % per_vec == 0 && row_vecs <= 4 * kThreads && rows_of_block * row_vecs <= g.layout.lamport_vecs;
+    const Way half = choose(comm, false, is_capturing(comm, stream), (norm.rows * norm.hidden * element + 1) / 2);
+    const bool fits = norm.hidden % per_vec == 0 && row_vecs <= 4 * kMostThreads && rows_of_block * row_vecs <= g.layout.lamport_vecs;
+    const bool fused = fits && half.algorithm == COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH;
     commplane_car_call said = about(COMMPLANE_CAR_KIND_ALL_REDUCE_RMS_NORM, dtype, norm.rows * norm.hidden);
     said.op = COMMPLANE_CAR_SUM;
     said.hidden = norm.hidden;
@@ -200,21 +201,21 @@ int all_reduce_rms_norm(Comm& comm, const void* in, const Norm& norm, int dtype,
         return error == cudaSuccess ? COMMPLANE_CAR_OK : fail_cuda(error, "add_rms_norm");
     }
     if (!aligned) return fail(COMMPLANE_CAR_EINVAL, "tensors of all_reduce_rms_norm are not aligned to 16 bytes");
-    const uint32_t threads = row_vecs >= kThreads ? kThreads : uint32_t((row_vecs + 31) / 32 * 32);
+    const uint32_t threads = row_vecs >= kMostThreads ? kMostThreads : uint32_t((row_vecs + 31) / 32 * 32);
     const Launch how = {stream, blocks, threads, comm.early};
     return call(comm, said, 0, rest, stream, [&] { return launch_all_reduce_rms_norm(how, g, dtype, in, norm); });
 }
 
 int all_gather(Comm& comm, const void* in, void* out, uint64_t count, int dtype, cudaStream_t stream) {
     const uint64_t bytes = count * element_bytes(uint32_t(dtype)), tile = uint64_t(comm.group.layout.tile_vecs) * sizeof(Vec);
-    const Launch how = {stream, blocks_for((bytes + tile - 1) / tile, comm.group.layout.blocks), kThreads, comm.early};
+    const Launch how = {stream, blocks_for((bytes + tile - 1) / tile, comm.group.layout.blocks), kMostThreads, comm.early};
     return call(comm, about(COMMPLANE_CAR_KIND_ALL_GATHER, dtype, count), 0, 0, stream,
                 [&] { return launch_all_gather(how, comm.group, in, out, bytes, is_aligned(in) && is_aligned(out)); });
 }
 
 int reduce_scatter(Comm& comm, const AllReduce& one, cudaStream_t stream) {
     const uint64_t bytes = one.count * element_bytes(uint32_t(one.dtype)), tile = uint64_t(comm.group.layout.tile_vecs) * sizeof(Vec);
-    const Launch how = {stream, blocks_for((bytes + tile - 1) / tile, comm.group.layout.blocks), kThreads, comm.early};
+    const Launch how = {stream, blocks_for((bytes + tile - 1) / tile, comm.group.layout.blocks), kMostThreads, comm.early};
     commplane_car_call said = about(COMMPLANE_CAR_KIND_REDUCE_SCATTER, one.dtype, one.count);
     said.op = COMMPLANE_CAR_SUM;
     return call(comm, said, 0, 0, stream, [&] {
@@ -224,7 +225,7 @@ int reduce_scatter(Comm& comm, const AllReduce& one, cudaStream_t stream) {
 
 int broadcast(Comm& comm, void* data, uint64_t count, int dtype, uint32_t root, cudaStream_t stream) {
     const uint64_t bytes = count * element_bytes(uint32_t(dtype)), tile = uint64_t(comm.group.layout.tile_vecs) * sizeof(Vec);
-    const Launch how = {stream, blocks_for((bytes + tile - 1) / tile, comm.group.layout.blocks), kThreads, comm.early};
+    const Launch how = {stream, blocks_for((bytes + tile - 1) / tile, comm.group.layout.blocks), kMostThreads, comm.early};
     commplane_car_call said = about(COMMPLANE_CAR_KIND_BROADCAST, dtype, count);
     said.root = root;
     return call(comm, said, 0, 0, stream, [&] { return launch_broadcast(how, comm.group, data, bytes, is_aligned(data), root); });

@@ -14,8 +14,6 @@
 namespace car {
 namespace gpu {
 
-constexpr int kMostThreads = 512;
-
 template <class... Wanted, class... Given>
 cudaError_t start(const Launch& how, void (*kernel)(Wanted...), const Given&... arguments) {
     cudaLaunchConfig_t config = {};

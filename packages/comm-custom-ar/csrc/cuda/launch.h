@@ -12,10 +12,14 @@ namespace gpu {
 struct Group;
 struct Norm;
 
+constexpr uint32_t kMostThreads = 512;
+// Of the two-shot push: fewer, so that two blocks on a multiprocessor have the registers for a vector of every rank in each phase.
+constexpr uint32_t kTwoShotThreads = 256;
+
 struct Launch {
     cudaStream_t stream;
     uint32_t blocks;
-    uint32_t threads;  // that move data: a multiple of 32, at most 512
+    uint32_t threads;  // that move data: a multiple of 32, at most kMostThreads
     bool early;        // programmatic dependent launch: the blocks are brought up while the kernel before is still running
 };
 

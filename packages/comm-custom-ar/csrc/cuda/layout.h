@@ -33,7 +33,7 @@ struct Layout {
     uint32_t tile_vecs;     // of one source and one tile
     uint32_t ranks;
     uint64_t mailbox;  // [block][parity][source]: what the source calls
-    uint64_t flags;    // [block][32] words: tiles of the first phase at [source], of the second at [8 + source]
+    uint64_t flags;    // [block][32] words: tiles that [source] has filled
     uint64_t lamport;  // [block][parity][peer][lamport_vecs]: a rank has no slot for itself
     uint64_t tiles;    // [block][ring][source][tile_vecs]
     uint64_t total;

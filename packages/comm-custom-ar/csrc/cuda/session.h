@@ -62,7 +62,8 @@ CAR_SLOW bool same_call(const Group& g, const Vec& heard, uint32_t calls, uint32
 
 // Since when this wait lasts, or 0 if it is over in vain. `look`: at the page of control too. That is a read over PCIe, about one
 // microsecond in all for each warp that asks at the same time: thousands of them would hold up the call that they wait in, and with it the peers.
-CAR_SLOW uint64_t wait_slowly(const Group& g, const Vec* mail, BlockState* state, uint32_t calls, uint32_t r, uint64_t since, bool look) {
+CAR_SLOW uint64_t wait_slowly(const Group& g, const Vec* mail, BlockState* state, uint32_t calls, uint32_t r, uint64_t since,
+                              uint64_t limit, bool look) {
     // Perhaps what is waited for will never come, because the peer does something else.
     const Vec heard = load_shared(mail);
     if (!has_empty(heard) && !same_call(g, heard, calls, r)) {
@@ -72,16 +73,20 @@ CAR_SLOW uint64_t wait_slowly(const Group& g, const Vec* mail, BlockState* state
     const uint64_t now = now_ns();
     if (since == 0) since = now;
     const bool stopped = load_relaxed(&state->stop) != 0 || (look && load_relaxed(&g.control->stop) != 0);
-    if (!stopped && now - since < g.timeout_ns) return since;
+    if (!stopped && now - since < limit) return since;
     store_relaxed(&state->stop, 1);
     if (!stopped) store_relaxed(&g.control->rank[g.rank].missing[r], 1);
     give_up(g, calls + 1, stopped ? kStopped : kTimedOut);
     return 0;
 }
 
+// `relayed`: what is waited for comes after its sender has waited too. If that is in vain the sender says for whom, and this wait must
+// not blame the sender: who begins later than the timeout is found missing by what it has not said, and whoever begins in time has given
+// up its own waits by twice the timeout.
 struct Patience {
     uint64_t since = 0;
     uint32_t turns = 0;
+    bool relayed = false;
 };
 
 template <class B>
@@ -127,7 +132,8 @@ class Session {
         if (++patience.turns & 127) return true;
         // A turn takes about half a microsecond. One warp of a block looks about every millisecond for all; the others in case that it has left.
         const bool look = (patience.turns & (b.thread() < 32 ? 2047u : 65535u)) == 0;
-        patience.since = wait_slowly(g, mail(g.rank, r), &g.state[b.block()], calls, r, patience.since, look);
+        const uint64_t limit = patience.relayed ? 2 * g.timeout_ns + g.timeout_ns / 4 : g.timeout_ns;
+        patience.since = wait_slowly(g, mail(g.rank, r), &g.state[b.block()], calls, r, patience.since, limit, look);
         failed = patience.since == 0;
         return !failed;
     }
@@ -142,8 +148,8 @@ class Session {
         const uint64_t slot = (uint64_t(b.block()) * kRing + number % kRing) * g.ranks + source;
         return reinterpret_cast<Vec*>(g.memory[owner] + g.layout.tiles) + slot * g.layout.tile_vecs;
     }
-    CAR_FN uint32_t* flag(uint32_t owner, uint32_t source, uint32_t phase) const {
-        return reinterpret_cast<uint32_t*>(g.memory[owner] + g.layout.flags) + b.block() * 32 + phase * kMaxRanks + source;
+    CAR_FN uint32_t* flag(uint32_t owner, uint32_t source) const {
+        return reinterpret_cast<uint32_t*>(g.memory[owner] + g.layout.flags) + b.block() * 32 + source;
     }
 
     const Group& g;

@@ -17,17 +17,17 @@ namespace gpu {
 
 // Everything this block wrote before is visible to whoever sees the flag. The block meets in front of it.
 template <class B>
-CAR_FN void raise(Session<B>& s, uint32_t phase, uint32_t value) {
+CAR_FN void raise(Session<B>& s, uint32_t value) {
     const uint32_t r = s.b.thread();
-    if (r < s.g.ranks && r != s.g.rank) store_release(s.flag(r, s.g.rank, phase), value);
+    if (r < s.g.ranks && r != s.g.rank) store_release(s.flag(r, s.g.rank), value);
 }
 
 // Wait until all peers have raised their flags to `value`; false after a fault, for all threads alike.
 template <class B>
-CAR_FN bool await(Session<B>& s, uint32_t phase, uint32_t value) {
+CAR_FN bool await(Session<B>& s, uint32_t value) {
     const uint32_t r = s.b.thread();
     if (r < s.g.ranks && r != s.g.rank) {
-        uint32_t* const at = s.flag(s.g.rank, r, phase);
+        uint32_t* const at = s.flag(s.g.rank, r);
         Patience patience;
         while (int32_t(load_acquire(at) - value) < 0 && s.wait_on(patience, r)) {
         }
@@ -51,7 +51,7 @@ CAR_FN Tiles deal(const B& b, uint64_t vecs, uint32_t per_tile) {
     return {uint32_t(mine), b.block(), b.blocks()};
 }
 
-// One phase: send(t) fills tile t of the peers, take(t) reads the own one after all have.
+// send(t) fills tile t of the peers, take(t) reads the own one after all have.
 template <class B, class Send, class Take>
 CAR_FN void exchange_tiles(Session<B>& s, uint32_t count, Send send, Take take) {
     s.enter();
@@ -59,35 +59,11 @@ CAR_FN void exchange_tiles(Session<B>& s, uint32_t count, Send send, Take take) 
         if (t < count) {
             send(t);
             s.b.sync();
-            raise(s, 0, s.tiles + t + 1);
+            raise(s, s.tiles + t + 1);
         }
         if (t > 0) {
-            if (!await(s, 0, s.tiles + t)) return;
+            if (!await(s, s.tiles + t)) return;
             take(t - 1);
-        }
-    }
-    s.agree();
-}
-
-// Two phases: send(t), then reduce(t) reads what came and fills the tile of the second phase, which take(t) reads.
-template <class B, class Send, class Reduce, class Take>
-CAR_FN void exchange_twice(Session<B>& s, uint32_t count, Send send, Reduce reduce, Take take) {
-    s.enter();
-    for (uint32_t t = 0; t < count + 2; ++t) {
-        if (t < count) {
-            send(t);
-            s.b.sync();
-            raise(s, 0, s.tiles + t + 1);
-        }
-        if (t >= 1 && t - 1 < count) {
-            if (!await(s, 0, s.tiles + t)) return;
-            reduce(t - 1);
-            s.b.sync();
-            raise(s, 1, s.tiles + t);
-        }
-        if (t >= 2) {
-            if (!await(s, 1, s.tiles + t - 1)) return;
-            take(t - 2);
         }
     }
     s.agree();

@@ -31,7 +31,7 @@ typedef struct commplane_car_cuda commplane_car_cuda;
 
 enum commplane_car_cuda_algorithm {
     COMMPLANE_CAR_CUDA_ONE_SHOT_PUSH = 1, /* larger messages than the capacity go in pieces */
-    COMMPLANE_CAR_CUDA_TWO_SHOT_PUSH = 2,
+    COMMPLANE_CAR_CUDA_TWO_SHOT_PUSH = 2, /* the same; of more than 256 threads the library makes its own choice */
     COMMPLANE_CAR_CUDA_ONE_SHOT_PULL = 3, /* inputs that all ranks can read; out of place */
     COMMPLANE_CAR_CUDA_TWO_SHOT_PULL = 4  /* inputs that all ranks can read; in place */
 };

@@ -140,26 +140,26 @@ class GpuCall {
             stream.push_back(std::move(launch));
         };
         switch (p.kind) {
-            case Kind::one_shot_push: {
+            case Kind::one_shot_push:
+            case Kind::two_shot_push: {
                 grid.control = ranks_ + 1;  // one to talk with each rank, and one that keeps the state
-                const uint64_t most = p.blocks < options_.blocks ? p.blocks : options_.blocks;
-                const uint64_t wanted = (vecs + grid.data - 1) / grid.data, blocks = wanted < most ? (wanted > 0 ? wanted : 1) : most;
-                const uint64_t piece = blocks * (options_.lamport_vecs / grid.data * grid.data) * (16 / element());
+                const bool twice = p.kind == Kind::two_shot_push;
+                const uint64_t most = p.blocks < options_.blocks ? p.blocks : options_.blocks, parts = twice ? ranks_ : 1;
+                const uint64_t slots = options_.lamport_vecs / (twice ? 2 : 1), round = grid.data * parts;
+                const uint64_t wanted = (vecs + round - 1) / round, blocks = wanted < most ? (wanted > 0 ? wanted : 1) : most;
+                const uint64_t piece = blocks * (slots / grid.data * grid.data) * parts * (16 / element());
                 for (uint64_t at = 0; at < count; at += piece) {
                     const uint64_t some = count - at < piece ? count - at : piece;
                     const void* const from = static_cast<const unsigned char*>(in) + at * element();
                     void* const to = out + at * element();
                     add(blocks, [=](const HostBlock& b, const Group& g) {
-                        by([&](auto t, auto n) { car::gpu::one_shot_push<decltype(t), n.value>(b, g, from, to, some, aligned); });
+                        by([&](auto t, auto n) {
+                            if (twice) car::gpu::two_shot_push<decltype(t), n.value>(b, g, from, to, some, aligned);
+                            else car::gpu::one_shot_push<decltype(t), n.value>(b, g, from, to, some, aligned);
+                        });
                     });
                 }
                 return;
-            }
-            case Kind::two_shot_push: {
-                const uint64_t tile = uint64_t(options_.tile_vecs) / 2 * ranks_;
-                return add((vecs + tile - 1) / tile, [=](const HostBlock& b, const Group& g) {
-                    by([&](auto t, auto n) { car::gpu::two_shot_push<decltype(t), n.value>(b, g, in, out, count, aligned); });
-                });
             }
             case Kind::one_shot_pull:
                 return add((vecs + grid.data - 1) / grid.data, [=](const HostBlock& b, const Group& g) {

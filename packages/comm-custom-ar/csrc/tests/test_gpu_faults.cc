@@ -74,6 +74,32 @@ void a_rank_that_never_calls(uint32_t ranks, Kind kind, uint64_t count) {
     check_absent(group, ranks, absent);
 }
 
+// Rank 2 says its call and ends in front of its data, rank 0 comes late and waits for it, and rank 1, which has no part, waits for
+// rank 0's sum: it is rank 2 that is missing, and nobody says that of rank 0.
+void a_rank_whose_data_does_not_come_to_one_that_is_late() {
+    const GpuOptions options = options_of(3, 1000000000, 1);
+    GpuGroup group(options);
+    GpuCall call(options, plan_of(Kind::two_shot_push, 4, 1));
+    Streams streams(3);
+    for (uint32_t r = 0; r < 3; ++r) call.launches(r, streams[r]);
+    const GpuGroup::Kernel whole = streams[0][0].kernel;
+    streams[0][0].kernel = [whole](const car::gpu::HostBlock& b, const car::gpu::Group& g) {
+        const timespec half = {0, 500000000};
+        nanosleep(&half, nullptr);
+        whole(b, g);
+    };
+    streams[2][0].kernel = [](const car::gpu::HostBlock& b, const car::gpu::Group& g) {
+        car::gpu::Session<car::gpu::HostBlock> s(g, b);
+        s.begin();
+        if (b.thread() >= b.threads()) return s.control(b.thread() - b.threads(), 0);
+        b.heard();
+    };
+    group.run(streams);
+    CHECK(group.status(0) == car::gpu::kTimedOut);
+    CHECK(of(group, 0).missing[2] == 1 && of(group, 0).missing[1] == 0);
+    CHECK(of(group, 1).missing[0] == 0 && of(group, 1).missing[2] == 0);
+}
+
 // The deadline of the device cannot end this wait: the host of the rank that is missing does.
 void a_host_that_gives_up(uint32_t ranks, Kind kind) {
     const GpuOptions options = options_of(ranks, kLong, ranks);
@@ -182,8 +208,10 @@ int main() {
             if (kind != Kind::barrier && kind != Kind::rms_norm) another_call(ranks, kind, kind, 36);
         }
         a_rank_that_never_calls(ranks, Kind::one_shot_push, 500);  // several kernels, queued
-        a_rank_that_never_calls(ranks, Kind::two_shot_push, 500);  // several tiles
+        a_rank_that_never_calls(ranks, Kind::two_shot_push, 500);
+        a_rank_that_never_calls(ranks, Kind::two_shot_push, 4);  // one part: who has none waits for what its rank waits for
     }
+    a_rank_whose_data_does_not_come_to_one_that_is_late();
     uint32_t found = 0, runs = 0;
     for (uint32_t seed = 1; seed <= 20; ++seed) {
         for (const Kind kind : {Kind::one_shot_push, Kind::two_shot_push, Kind::all_gather}) {

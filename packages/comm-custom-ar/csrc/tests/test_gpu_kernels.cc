@@ -16,12 +16,17 @@ GpuOptions options_of(uint32_t ranks) {
     return out;
 }
 
-// Elements of a vector, a round of all threads, a tile, the slots, the ring: one less, all, one more.
+// Elements of a vector, of the slots or a tile, of the ring: one less, all, one more. Where parts differ in length, too.
 std::vector<uint64_t> edges(const GpuOptions& options, Kind kind, uint64_t per_vec) {
-    const uint64_t tile = kind == Kind::two_shot_push ? uint64_t(options.tile_vecs) / 2 * options.ranks : options.tile_vecs;
-    const uint64_t unit = kind == Kind::one_shot_push ? options.lamport_vecs * options.blocks : tile;
+    const bool pushes = kind == Kind::one_shot_push || kind == Kind::two_shot_push;
+    const uint64_t tile = options.tile_vecs, slots = options.lamport_vecs * options.blocks;
+    const uint64_t unit = kind == Kind::one_shot_push ? slots : kind == Kind::two_shot_push ? slots / 2 * options.ranks : tile;
     std::vector<uint64_t> out = {1, per_vec - 1, per_vec, per_vec + 1, unit * per_vec - 1, unit * per_vec, unit * per_vec + 1};
-    if (kind != Kind::one_shot_push) {
+    if (kind == Kind::two_shot_push) {
+        for (uint32_t vecs = 2; vecs <= 2 * options.ranks + 1; ++vecs) out.push_back(vecs * per_vec - 1);
+        out.push_back((3 * unit - options.ranks) * per_vec + 1);
+    }
+    if (!pushes) {
         out.push_back(tile * 2 * options.blocks * per_vec + 3);
         out.push_back(tile * (2 * car::gpu::kRing + 1) * options.blocks * per_vec - 2);  // twice round the ring
     }

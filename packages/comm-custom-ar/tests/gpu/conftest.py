@@ -10,7 +10,7 @@ from gpu_ranks import World, Worlds
 
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Worlds]:
-    out = Worlds()
+    out = Worlds("custom_ar")
     yield out
     out.close()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_numbers import DTYPES, checksum, expect, inputs, reduced, ulps
-from gpu_ranks import Rank, World, Worlds, custom_ar_alone, needs_gpu, sizes
+from gpu_ranks import Rank, World, Worlds, needs_gpu, only, sizes
 
 import commplane
 from commplane import errors
@@ -243,7 +243,7 @@ def expandable(store: Any, rank: int, world_size: int, ordinals: list[int], regi
     torch.cuda.set_device(ordinals[rank])
     device = torch.device("cuda", ordinals[rank])
     config = {"timeout": 10, "startup_timeout": 60, "custom_ar": {"registered": registered, "algorithm": "two_shot_pull"}}
-    with commplane.init(store=store, rank=rank, world_size=world_size, config=config, plugins=custom_ar_alone()) as plane:
+    with commplane.init(store=store, rank=rank, world_size=world_size, config=config, plugins=only("custom_ar")) as plane:
         try:
             tp = plane.communicator("tp", device=str(device))
         except errors.SelectionError as error:  # where torch's own backend is no way out

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_ranks import GPUS, Rank, World, Worlds, custom_ar_alone, needs_gpu, sizes
+from gpu_ranks import GPUS, Rank, World, Worlds, needs_gpu, only, sizes
 
 import commplane
 from commplane import errors
@@ -26,7 +26,7 @@ def asks(store: Any, rank: int, world_size: int, ordinal: int | None, backends: 
     config = {"timeout": 10, "startup_timeout": 60}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with commplane.init(store=store, rank=rank, world_size=world_size, config=config, plugins=custom_ar_alone()) as plane:
+        with commplane.init(store=store, rank=rank, world_size=world_size, config=config, plugins=only("custom_ar")) as plane:
             try:
                 tp = plane.communicator("tp", device=f"cuda:{ordinal}", backends=backends or None)
             except errors.SelectionError as error:  # NCCL refuses two ranks on one GPU, too

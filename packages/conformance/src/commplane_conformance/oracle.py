@@ -12,7 +12,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["expect", "expect_bits", "expect_norm", "inputs", "layouts", "reduced", "special_values"]
+from commplane.api import QuantFormat, Quantization, Quantized, misquantized, quantize
+
+__all__ = [
+    "expect",
+    "expect_bits",
+    "expect_norm",
+    "expect_quantized",
+    "inputs",
+    "layouts",
+    "reduced",
+    "special_rows",
+    "special_values",
+]
 
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -78,6 +90,35 @@ def expect_norm(what: str, got: Tensor, total: Tensor, weight: Tensor, eps: floa
     wide = 8 * info.eps if got.dtype is torch.float64 else 2e-5
     bound = wanted.abs() * (info.eps + wide) + info.smallest_normal
     _report(what, ~((got.detach().cpu().double() - wanted).abs() <= bound), got.detach().cpu(), wanted)
+
+
+def expect_quantized(what: str, got: Quantized, norm: Tensor, how: Quantization) -> None:
+    """Raise unless `got` is `norm`, which the backend itself gave, in the format of `how`.
+
+    Scales and values may be one step of the format off, as kernels divide approximately. To FP8 that happens on a tie alone, so
+    few may be: a rounding of another kind, or of a norm that was not rounded to its dtype first, moves more.
+    """
+    assert got.format is how.format, f"{what}: wanted the format {how.format}, found {got.format}"
+    assert got.values.device == norm.device == got.scales.device, f"{what}: wanted all on {norm.device}, found another device"
+    wanted = quantize(norm, how)
+    wrong = misquantized(got, wanted)
+    assert wrong is None, f"{what}: the result is not its norm as {how.label}: {wrong}"
+    if how.format is QuantFormat.NVFP4:
+        return
+    off = int((got.values.contiguous().view(torch.uint8) != wanted.values.contiguous().view(torch.uint8)).sum())
+    most = max(2, got.values.numel() // 200)
+    assert off <= most, f"{what}: wanted nearest, ties to even, found {off} of {got.values.numel()} values in the next step"
+
+
+def special_rows(hidden: int, dtype: torch.dtype) -> Tensor:
+    """Rows that are hard to scale: zeros, the least normal numbers, one number among zeros, all equal, alternating, a ramp."""
+    rows = torch.zeros(6, hidden, dtype=torch.float64)
+    rows[1] = torch.finfo(dtype).smallest_normal
+    rows[2, hidden // 2] = 100.0
+    rows[3] = 3.0
+    rows[4] = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(hidden // 2)
+    rows[5] = torch.linspace(-8.0, 8.0, hidden, dtype=torch.float64)
+    return rows.to(dtype)
 
 
 def layouts(value: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -72,6 +72,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--commplane-ranks", metavar="LIST", type=_ranks, default=_RANKS, help="sizes of the groups (default 2,3,4)")
     group.addoption(
+        "--commplane-hosts",
+        metavar="N",
+        type=int,
+        default=1,
+        help="hosts that the ranks of a backend are spread over, told apart by the setting host_alias (default 1)",
+    )
+    group.addoption(
         "--commplane-device", choices=["cpu", "cuda"], help="device of the tensors (default the backend's own, or cpu)"
     )
     group.addoption("--commplane-full", action="store_true", help="more sizes and rounds in each case")
@@ -115,7 +122,10 @@ def _find(config: pytest.Config, kind: str, name: str) -> AnySubject:
 
         if options:
             raise pytest.UsageError("--commplane-option is for an engine or a store; a backend's are settings of commplane")
-        return find_subject(name, config.getoption("commplane_ranks"), config.getoption("commplane_device"), full)
+        hosts = config.getoption("commplane_hosts")
+        if hosts < 1:
+            raise pytest.UsageError(f"--commplane-hosts wants 1 or more, found {hosts}")
+        return find_subject(name, config.getoption("commplane_ranks"), config.getoption("commplane_device"), full, hosts)
     from commplane_conformance.provider import find_engine, find_store
 
     return (find_engine if kind == "engine" else find_store)(name, options, full)

@@ -78,6 +78,7 @@ class Subject(AnySubject):
         device: where its tensors are in this run, ``cpu`` or ``cuda``.
         ranks: sizes of the groups.
         full: whether all cases are run.
+        hosts: on how many hosts the ranks are, as far as the facts tell.
     """
 
     folder: ClassVar[str] = "comm"
@@ -89,6 +90,7 @@ class Subject(AnySubject):
     device: str
     ranks: tuple[int, ...]
     full: bool
+    hosts: int = 1
 
     @property
     def declaration(self) -> Spec:
@@ -108,7 +110,8 @@ class Subject(AnySubject):
         """One line for the head of a report."""
         api = ".".join(map(str, self.spec.api))
         ranks = ",".join(map(str, self.ranks))
-        return f"{self.name} from {self.dist}, comm API {api}, commplane {core_version()}, {ranks} ranks, {self.device}"
+        hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""
+        return f"{self.name} from {self.dist}, comm API {api}, commplane {core_version()}, {ranks} ranks{hosts}, {self.device}"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -118,6 +121,7 @@ class Subject(AnySubject):
             "commplane": core_version(),
             "device": self.device,
             "ranks": list(self.ranks),
+            "hosts": self.hosts,
             "full": self.full,
             "spec": self.spec.to_json(),
         }
@@ -144,7 +148,7 @@ class Subject(AnySubject):
 _EVERY_DTYPE = ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64")
 
 
-def find_subject(name: str, ranks: tuple[int, ...], device: str | None, full: bool) -> Subject:
+def find_subject(name: str, ranks: tuple[int, ...], device: str | None, full: bool, hosts: int = 1) -> Subject:
     """The installed backend of that name.
 
     Raises:
@@ -160,8 +164,8 @@ def find_subject(name: str, ranks: tuple[int, ...], device: str | None, full: bo
     if spec.device not in ("any", where):
         raise CommplaneError(f"backend {name!r} serves device {spec.device}, found --commplane-device {where}")
     most = spec.max_world_size
-    served = tuple(n for n in ranks if n >= max(2, spec.min_world_size) and (most is None or n <= most))
+    served = tuple(n for n in ranks if n >= max(2, spec.min_world_size, hosts) and (most is None or n <= most))
     if not served:
         bounds = f"{spec.min_world_size} to {most or 'any number of'}"
         raise CommplaneError(f"backend {name!r} serves groups of {bounds} ranks, found --commplane-ranks {ranks}")
-    return Subject(spec, f"{found.dist or found.plugin} {found.version}", where, served, full)
+    return Subject(spec, f"{found.dist or found.plugin} {found.version}", where, served, full, hosts)

@@ -96,7 +96,8 @@ class World:
         for rank in range(size):
             ours, theirs = context.Pipe()
             log = f"{self._folder.name}/rank{rank}.log"
-            job = Job(subject.name, subject.device, rank, size, self._store.port, settings, form, log)
+            host = {} if subject.hosts == 1 else {"host_alias": f"host{rank * subject.hosts // size}"}
+            job = Job(subject.name, subject.device, rank, size, self._store.port, {**settings, **host}, form, log)
             process = context.Process(target=main, args=(theirs, job), daemon=True)
             process.start()
             theirs.close()

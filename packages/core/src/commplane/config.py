@@ -25,10 +25,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["FILE_VARIABLE", "PREFIX", "Config"]
+__all__ = ["FILE_VARIABLE", "NO_FILE", "PREFIX", "Config"]
 
 PREFIX = "COMMPLANE_"
 FILE_VARIABLE = "COMMPLANE_CONFIG"
+NO_FILE = ("auto", "off")
+"""Values of the setting ``tuning`` that name no file."""
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -75,6 +77,10 @@ def _optional_text(value: Any) -> str | None:
     return None if value is None else os.fspath(value) or None
 
 
+def _tuning(value: Any) -> str:
+    return "auto" if value is None else _optional_text(value) or "off"
+
+
 def _optional_seconds(value: Any) -> float | None:
     return None if value is None else _seconds(value)
 
@@ -119,6 +125,10 @@ class Config:
 
     skip_compat_check: bool = _setting(False, _flag)
     """Load plugins made for another version of core, with a warning each time. Agreement is never skipped."""
+
+    tuning: str = _setting("auto", _tuning, per_rank=True)
+    """Times that communicators follow: ``auto`` for those that are shipped for their GPUs, ``off`` for none, or a file of
+    ``commplane tune``, which may lie elsewhere on each rank; its content is compared."""
 
     host_alias: str = _setting("", str, per_rank=True)
     """Ranks with different aliases never count as one host, whatever they share. If unset, facts decide alone."""

@@ -81,7 +81,7 @@ class UnsupportedOperation(CommunicatorError, TypeError):
 
 
 class WorkspaceTooSmall(CommunicatorError):
-    """A call needs more workspace than `prepare` built; nothing grows by itself."""
+    """A call needs more workspace than `prepare` built; nothing grows by itself, nothing was sent, the communicator goes on."""
 
 
 class MismatchError(CommunicatorError, ValueError):

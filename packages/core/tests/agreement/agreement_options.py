@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-CASES = 1000
-"""By default: less than half a minute of one core."""
+CASES = 500
+"""By default: about a quarter of a minute of one core."""
 
 
 def cases(config: pytest.Config) -> int:
     given = config.getoption("--cases", default=None)
-    return int(given) if given is not None else CASES * (20 if config.getoption("--full", default=False) else 1)
+    return int(given) if given is not None else CASES * (40 if config.getoption("--full", default=False) else 1)

@@ -1,4 +1,4 @@
-"""Thousands of cases on virtual ranks: whatever goes wrong, those that are left come to one outcome, in time, and say why."""
+"""Hundreds of cases on virtual ranks: whatever goes wrong, those that are left come to one outcome, in time, and say why."""
 
 from __future__ import annotations
 

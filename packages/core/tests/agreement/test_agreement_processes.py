@@ -22,7 +22,7 @@ from torch.distributed import TCPStore
 from commplane.api.shm import sweep
 from commplane.testing import shm_leftovers
 
-DEFAULT = 24
+DEFAULT = 12
 AT_ONCE = 4  # most of a case is waiting
 
 
@@ -115,7 +115,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     out.process.wait(LIMIT_S)
 
 
-# What --full takes; by default it is less than a minute.
+# What --full takes; by default it is less than half a minute.
 @pytest.mark.timeout(1800)
 def test_processes_agree_under_fire(server: Server, request: pytest.FixtureRequest) -> None:
     total = DEFAULT * cases(request.config) // CASES

@@ -59,6 +59,7 @@ def test_a_row_as_json_has_exactly_these_keys() -> None:
         "vs_pair": None,
         "detail": None,
         "algorithm": None,
+        "groups": 1,
     }
 
 

@@ -139,7 +139,7 @@ def test_a_plugin_of_another_api_major_is_left_out_with_what_it_wanted_and_found
     wheels.backend("good-dist", "good")
     with pytest.warns(CommplaneWarning, match="mine from future-dist 1.0"):
         host = wheels.discover()
-    assert set(host.backends()) == {"good", "torch", "torch_symm"}
+    assert set(host.backends()) == {"good", "hierarchical", "torch", "torch_symm"}
     with pytest.raises(PluginCompatibilityError) as caught:
         host.require(["mine"])
     text = str(caught.value)
@@ -152,7 +152,7 @@ def test_a_plugin_loses_only_the_backends_whose_api_does_not_fit(wheels: Wheels)
     wheels.add("mixed-dist", {"mixed": "mixed_module"})
     with pytest.warns(CommplaneWarning):
         host = wheels.discover()
-    assert set(host.backends()) == {"fits", "torch", "torch_symm"}
+    assert set(host.backends()) == {"fits", "hierarchical", "torch", "torch_symm"}
     with pytest.raises(PluginCompatibilityError):
         host.require(["old"])
 
@@ -181,7 +181,7 @@ def test_a_dependency_whose_version_cannot_be_read_does_not_stop_discovery(wheel
     wheels.backend("good-dist", "good")
     with pytest.warns(CommplaneWarning):
         host = wheels.discover()
-    assert set(host.backends()) == {"good", "torch", "torch_symm"}
+    assert set(host.backends()) == {"good", "hierarchical", "torch", "torch_symm"}
 
 
 @pytest.mark.parametrize("cause", ["api", "requirement"])

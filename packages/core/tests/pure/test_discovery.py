@@ -82,14 +82,14 @@ def test_a_distribution_with_unreadable_entry_points_does_not_stop_discovery(whe
 def test_a_host_of_its_own_sees_nothing_that_is_installed(wheels: Wheels) -> None:
     wheels.backend("mine-dist", "mine")
     host = PluginHost()
-    assert (set(host.backends()), host.candidates, host.problems) == ({"torch", "torch_symm"}, [], [])
+    assert (set(host.backends()), host.candidates, host.problems) == ({"hierarchical", "torch", "torch_symm"}, [], [])
 
 
 def test_backends_come_from_every_plugin_in_the_order_of_names(wheels: Wheels) -> None:
     wheels.backend("zz", "b", "a")
     wheels.backend("aa", "c")
     host = wheels.discover()
-    assert list(host.backends()) == ["a", "b", "c", "torch", "torch_symm"]
+    assert list(host.backends()) == ["a", "b", "c", "hierarchical", "torch", "torch_symm"]
     registered = host.backends()["a"]
     assert (registered.plugin, registered.dist, registered.version) == ("b", "zz", "1.0")
     assert host.problems == []
@@ -113,7 +113,7 @@ def test_a_plugin_that_cannot_be_imported_is_recorded_and_the_others_load(wheels
     wheels.add("broken-dist", {"mine": "broken_module"})
     with pytest.warns(CommplaneWarning, match="leaves a plugin out: mine from broken-dist 1.0"):
         host = wheels.discover()
-    assert set(host.backends()) == {"good", "zgood", "torch", "torch_symm"}
+    assert set(host.backends()) == {"good", "zgood", "hierarchical", "torch", "torch_symm"}
     (problem,) = host.problems
     assert (problem.plugin, problem.kind) == ("mine", Kind.LOAD)
     assert error in problem.summary
@@ -147,7 +147,7 @@ def test_a_misspelt_hook_is_recorded_by_its_name(wheels: Wheels) -> None:
     with pytest.warns(CommplaneWarning, match="commplane_register_comm_backend"):
         host = wheels.discover()
     assert [(p.plugin, p.kind) for p in host.problems] == [("mine", Kind.LOAD)]
-    assert set(host.backends()) == {"good", "torch", "torch_symm"}
+    assert set(host.backends()) == {"good", "hierarchical", "torch", "torch_symm"}
 
 
 def test_a_hook_with_an_argument_that_it_does_not_have_is_recorded_and_leaves_nothing_registered(
@@ -159,7 +159,7 @@ def test_a_hook_with_an_argument_that_it_does_not_have_is_recorded_and_leaves_no
     wheels.add("wrong-dist", {"mine": "wrong_argument_module"})
     with pytest.warns(CommplaneWarning, match="configuration"):
         host = wheels.discover()
-    assert set(host.backends()) == {"zgood", "torch", "torch_symm"}
+    assert set(host.backends()) == {"zgood", "hierarchical", "torch", "torch_symm"}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_register_hook_that_returns_garbage_is_recorded_and_the_others_load(wh
     wheels.add("garbage-dist", {"mine": "garbage_module"})
     with pytest.warns(CommplaneWarning):
         host = wheels.discover()
-    assert set(host.backends()) == {"good", "torch", "torch_symm"}
+    assert set(host.backends()) == {"good", "hierarchical", "torch", "torch_symm"}
     assert [(p.plugin, p.kind) for p in host.problems] == [("mine", Kind.LOAD)]
 
 
@@ -245,7 +245,7 @@ def test_a_backend_that_nobody_provides_is_not_found_and_what_there_is_is_listed
     with pytest.raises(PluginNotFound) as caught:
         wheels.discover().require(["custom_arr"])
     text = str(caught.value)
-    assert "backend 'custom_arr'" in text and "did you mean 'custom_ar'?" in text and "found custom_ar, torch" in text
+    assert "backend 'custom_arr'" in text and "did you mean 'custom_ar'? found custom_ar, hierarchical, torch" in text
 
 
 def test_all_problems_of_what_was_asked_for_are_in_one_error(wheels: Wheels) -> None:
@@ -267,7 +267,7 @@ def test_a_denied_plugin_is_not_imported_and_not_warned_of(wheels: Wheels, recwa
     wheels.add("poison-dist", {"poison": "poison_module"})
     wheels.backend("good-dist", "good")
     host = wheels.discover({"plugins": "-poison"})
-    assert set(host.backends()) == {"good", "torch", "torch_symm"}
+    assert set(host.backends()) == {"good", "hierarchical", "torch", "torch_symm"}
     assert [(p.plugin, p.kind) for p in host.problems] == [("poison", Kind.DENIED)]
     assert list(recwarn) == []
 
@@ -276,7 +276,7 @@ def test_an_allow_list_leaves_out_everything_else_but_core(wheels: Wheels) -> No
     for name in ("a", "b", "c"):
         wheels.backend(f"{name}-dist", name)
     host = wheels.discover({"plugins": "b"})
-    assert set(host.backends()) == {"b", "torch", "torch_symm"}
+    assert set(host.backends()) == {"b", "hierarchical", "torch", "torch_symm"}
     assert {p.plugin for p in host.problems} == {"a", "c"}
 
 
@@ -294,17 +294,17 @@ def test_an_allowed_name_that_is_not_installed_is_not_found_and_what_there_is_is
 
 
 def test_a_denied_name_that_is_not_installed_is_no_error(wheels: Wheels) -> None:
-    assert set(wheels.discover({"plugins": "-nothing"}).backends()) == {"torch", "torch_symm"}
+    assert set(wheels.discover({"plugins": "-nothing"}).backends()) == {"hierarchical", "torch", "torch_symm"}
 
 
 def test_core_itself_may_be_named_in_the_allow_list(wheels: Wheels) -> None:
     wheels.backend("good-dist", "good")
-    assert set(wheels.discover({"plugins": "torch"}).backends()) == {"torch", "torch_symm"}
+    assert set(wheels.discover({"plugins": "torch"}).backends()) == {"hierarchical", "torch", "torch_symm"}
 
 
 def test_settings_of_a_denied_plugin_are_let_through(wheels: Wheels) -> None:
     wheels.backend("good-dist", "good")
-    assert set(wheels.discover({"plugins": "-good", "good": {"slots": 4}}).backends()) == {"torch", "torch_symm"}
+    assert set(wheels.discover({"plugins": "-good", "good": {"slots": 4}}).backends()) == {"hierarchical", "torch", "torch_symm"}
 
 
 def test_the_fingerprint_names_every_plugin_with_its_version_in_the_order_of_names(wheels: Wheels) -> None:

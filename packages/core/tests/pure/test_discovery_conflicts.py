@@ -19,7 +19,7 @@ def test_two_distributions_with_one_plugin_name_are_both_left_out_and_named_when
     wheels.backend("good-dist", "good")
     with pytest.warns(CommplaneWarning, match="first-dist 1.0 and second-dist 1.0"):
         host = wheels.discover()
-    assert set(host.backends()) == {"good", "torch", "torch_symm"}
+    assert set(host.backends()) == {"good", "hierarchical", "torch", "torch_symm"}
     assert {p.kind for p in host.problems} == {Kind.CONFLICT}
     host.require(["good"])
     with pytest.raises(PluginConflict) as caught:
@@ -42,7 +42,7 @@ def test_two_plugins_that_register_one_backend_name_both_lose_it_and_keep_their_
     wheels.backend("second-dist", "shared", "two", plugin="second")
     with pytest.warns(CommplaneWarning, match="two distributions provide backend 'shared'"):
         host = wheels.discover()
-    assert set(host.backends()) == {"one", "two", "torch", "torch_symm"}
+    assert set(host.backends()) == {"one", "two", "hierarchical", "torch", "torch_symm"}
     host.require(["one", "two"])
     with pytest.raises(PluginConflict) as caught:
         host.require(["shared"])
@@ -54,7 +54,7 @@ def test_a_third_plugin_does_not_inherit_a_name_that_two_others_lost(wheels: Whe
         wheels.backend(f"{which}-dist", "shared", plugin=which)
     with pytest.warns(CommplaneWarning):
         host = wheels.discover()
-    assert set(host.backends()) == {"torch", "torch_symm"}
+    assert set(host.backends()) == {"hierarchical", "torch", "torch_symm"}
     with pytest.raises(PluginConflict) as caught:
         host.require(["shared"])
     assert all(f"{which}-dist" in str(caught.value) for which in ("first", "second", "third"))
@@ -81,7 +81,7 @@ def test_a_third_party_plugin_called_torch_is_a_conflict_that_names_both_and_cor
     wheels.backend("usurper-dist", "other", plugin="torch")
     with pytest.warns(CommplaneWarning, match="usurper-dist"):
         host = wheels.discover()
-    assert set(host.backends()) == {"torch", "torch_symm"}
+    assert set(host.backends()) == {"hierarchical", "torch", "torch_symm"}
     (problem,) = host.problems
     assert problem.kind is Kind.CONFLICT
     assert "commplane" in problem.summary and "usurper-dist" in problem.summary
@@ -93,7 +93,7 @@ def test_one_plugin_that_names_a_backend_twice_is_not_called_two_distributions(w
     wheels.add("twice-dist", {"mine": "twice_module"})
     with pytest.warns(CommplaneWarning) as caught:
         host = wheels.discover()
-    assert set(host.backends()) == {"torch", "torch_symm"}
+    assert set(host.backends()) == {"hierarchical", "torch", "torch_symm"}
     assert "two distributions" not in str(caught[0].message)
 
 
@@ -121,7 +121,7 @@ def test_backends_of_one_name_whose_devices_overlap_are_a_conflict_of_their_plug
     wheels.add("twins-dist", {"twins": "twins_module"})
     with pytest.warns(CommplaneWarning, match="provides backend 'mine' twice"):
         host = wheels.discover()
-    assert set(host.backends()) == {"other", "torch", "torch_symm"}
+    assert set(host.backends()) == {"other", "hierarchical", "torch", "torch_symm"}
     with pytest.raises(PluginConflict, match="provides backend 'mine' twice"):
         host.require(["mine"])
 
@@ -132,7 +132,7 @@ def test_two_distributions_that_share_a_name_for_different_devices_are_still_a_c
         wheels.add(dist, {f"plugin_{device}": f"module_of_{device}"})
     with pytest.warns(CommplaneWarning, match="two distributions provide backend 'mine'"):
         host = wheels.discover()
-    assert set(host.backends()) == {"torch", "torch_symm"}
+    assert set(host.backends()) == {"hierarchical", "torch", "torch_symm"}
 
 
 def test_options_of_one_name_are_those_of_all_its_devices_together(wheels: Wheels) -> None:
@@ -149,7 +149,7 @@ def test_an_option_with_another_default_on_another_device_is_a_conflict_that_nam
     wheels.add("twins-dist", {"mine": "twins_module"})
     with pytest.warns(CommplaneWarning, match="one default of option 'b' for all devices, found 2 for cpu"):
         host = wheels.discover()
-    assert set(host.backends()) == {"torch", "torch_symm"}
+    assert set(host.backends()) == {"hierarchical", "torch", "torch_symm"}
 
 
 class Observer:

@@ -68,6 +68,7 @@ def test_the_probe_sees_what_is_loaded() -> None:
         "commplane.handles",
         "commplane.tracer",
         "commplane.runtime",
+        "commplane.engines",
         "commplane.cli",
     ],
 )
@@ -77,6 +78,10 @@ def test_importing_loads_neither_torch_nor_numpy(module: str) -> None:
 
 def test_importing_the_package_loads_no_backend() -> None:
     assert loaded("import commplane, commplane.config", "commplane_custom_ar", "commplane_flashinfer")[1] == []
+
+
+def test_importing_the_package_loads_nothing_that_adapters_stand_on() -> None:
+    assert "commplane.engines" not in loaded("import commplane, commplane.runtime", "commplane")[1]
 
 
 def test_the_plugins_command_works_without_importing_torch() -> None:
@@ -97,7 +102,7 @@ def test_the_plugins_command_works_as_a_module() -> None:
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert [(p["name"], p["dist"], p["provides"]) for p in report["plugins"]] == [
-        ("torch", "commplane", ["backend torch", "backend torch_symm"])
+        ("torch", "commplane", ["backend hierarchical", "backend torch", "backend torch_symm"])
     ]
 
 
@@ -110,7 +115,14 @@ def modules(package: str) -> list[str]:
 
 
 # The only modules that import torch when they are imported; in this folder torch may be missing.
-NEED_TORCH = ("commplane.agree.canary", "commplane.backends.torch_dist", "commplane.demo", "commplane.ops")
+NEED_TORCH = (
+    "commplane.agree.canary",
+    "commplane.backends.hierarchical",
+    "commplane.backends.torch_dist",
+    "commplane.demo",
+    "commplane.engines",
+    "commplane.ops",
+)
 
 
 @pytest.mark.parametrize("module", [m for m in modules("commplane") if not m.startswith(NEED_TORCH)])
@@ -126,6 +138,8 @@ def test_the_api_gives_out_every_name_its_modules_export_but_the_core_side_ones(
 
     parts = {n for m in modules("commplane.api")[1:] for n in importlib.import_module(m).__all__}
     core_side = {
+        "FP8_MAX",
+        "swizzled_offsets",
         "PROJECT",
         "SHM_DIRECTORY",
         "Owner",
@@ -134,6 +148,11 @@ def test_the_api_gives_out_every_name_its_modules_export_but_the_core_side_ones(
         "hookspec",
         "has_ended",
         "process_start",
+        "pid_namespace",
+        "CUTS",
+        "mesh_of",
+        "shape_of",
+        "sizes_of",
         "ApiVersion",
     }
     assert parts - set(api.__all__) == core_side

@@ -35,6 +35,7 @@ def layouts(draw: st.DrawFn) -> ParallelLayout:
 
 
 SIZES = {
+    "world": lambda x: x.world_size,
     "tp": lambda x: x.tensor,
     "pp": lambda x: x.pipeline,
     "dp": lambda x: x.data,
@@ -108,6 +109,82 @@ def test_ranks_that_share_groups_create_them_in_one_order(layout: ParallelLayout
         assert [e for e in mine[a] if b in e[1]] == [e for e in mine[b] if a in e[1]]
 
 
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def enumerated(world: int, axes: dict[str, int]) -> dict[int, dict[str, int]]:
+    """Coordinates as an engine hands them out: it counts ranks up through nested loops, the first axis outermost."""
+    out, rank = {}, 0
+    at = dict.fromkeys(axes, 0)
+    while rank < world:
+        out[rank] = dict(at)
+        rank += 1
+        for axis in reversed(axes):  # like the wheels of a counter
+            at[axis] += 1
+            if at[axis] < axes[axis]:
+                break
+            at[axis] = 0
+    return out
+
+
+def along(places: dict[int, dict[str, int]], *axes: str) -> set[tuple[int, ...]]:
+    """Two ranks are in one group when they differ in nothing but `axes`."""
+    apart = {r: tuple(n for axis, n in at.items() if axis not in axes) for r, at in places.items()}
+    return {tuple(r for r in sorted(places) if apart[r] == rest) for rest in set(apart.values())}
+
+
+def every_cut(most: int) -> list[tuple[int, int, int, int]]:
+    """(pipeline, tensor, a, b) for all sizes up to `most` ranks, where a x b divides tensor."""
+    return [
+        (pp, tp, a, b)
+        for tp in range(1, most + 1)
+        for pp in range(1, most // tp + 1)
+        for a in divisors(tp)
+        for b in divisors(tp // a)
+    ]
+
+
+def test_every_layout_of_up_to_64_ranks_has_the_groups_of_an_enumeration() -> None:
+    cuts = every_cut(64)
+    assert len(cuts) > 1500
+    for pp, tp, a, b in cuts:
+        rest = tp // a // b
+        layout = ParallelLayout(world_size=pp * tp, tensor=tp, pipeline=pp, data=a, context=b, moe_data=a, expert=b)
+        attention = enumerated(pp * tp, {"pp": pp, "dp": a, "cp": b, "tp": rest})
+        moe = enumerated(pp * tp, {"pp": pp, "dp": a, "ep": b, "tp": rest})
+        wanted = {
+            "world": along(attention, "pp", "dp", "cp", "tp"),
+            "tp": along(attention, "dp", "cp", "tp"),
+            "pp": along(attention, "pp"),
+            "dp": along(attention, "dp"),
+            "attention_dp": along(attention, "dp"),
+            "attention_tp": along(attention, "tp"),
+            "attention_cp": along(attention, "cp"),
+            "cp": along(attention, "cp"),
+            "attention": along(attention, "cp", "tp"),
+            "moe_tp": along(moe, "tp"),
+            "moe_ep": along(moe, "ep"),
+            "ep": along(moe, "ep"),
+            "moe_dp": along(moe, "dp"),
+        }
+        assert {f: set(layout.groups(f)) for f in wanted} == wanted, layout
+
+
+@given(layouts())
+def test_the_text_has_every_family_with_its_number_of_groups_and_ranks(layout: ParallelLayout) -> None:
+    lines = layout.explain().splitlines()[1:]
+    found = dict(line.split(":")[0].split(maxsplit=1) for line in lines)
+    assert found == {f: f"{len(layout.groups(f))} x {len(layout.groups(f)[0])}" for f in ParallelLayout.families}
+
+
+def test_the_text_shows_ranks_at_equal_distances_as_a_stretch() -> None:
+    text = ParallelLayout(world_size=64, tensor=32, pipeline=2, data=2, context=2, expert=16).explain()
+    assert text.startswith("layout: world_size 64, tensor 32, pipeline 2, data 2, context 2, expert 16\n")
+    assert "  moe_ep        4 x 16: [0-30:2] [1-31:2] [32-62:2] [33-63:2]\n" in text
+    assert "  dp            32 x 2: [0 16] [1 17] [2 18] [3 19] [4 20] [5 21] [6 22] [7 23] and 24 more\n" in text
+
+
 def test_the_drawing_of_the_module_is_right() -> None:
     layout = ParallelLayout(world_size=8, tensor=8, data=2, context=2, expert=4)
     assert layout.attention_tp == layout.moe_tp == ((0, 1), (2, 3), (4, 5), (6, 7))
@@ -141,7 +218,7 @@ def test_a_rank_or_a_family_that_is_not_there_is_refused() -> None:
     layout = ParallelLayout(world_size=2, tensor=2)
     with pytest.raises(ConfigError, match="a rank below 2, found 2"):
         layout.of(2)
-    with pytest.raises(ConfigError, match=r"wanted one of tp, pp, .* found 'tpp'"):
+    with pytest.raises(ConfigError, match=r"wanted one of world, tp, pp, .* found 'tpp'"):
         layout.groups("tpp")
 
 

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commplane.api import BackendSpec, Collective, GroupKey, Numerics, ReduceOp
+from commplane.api import BackendSpec, Collective, GroupKey, Numerics, QuantFormat, ReduceOp, Variant
 from commplane.errors import UnsupportedOperation
 from commplane.select import Candidate, Plan, Route, compile_routes
 
 DTYPES = ["float32", "bfloat16", "int8"]
 # Barriers have no size; they have their own test.
 SIZED = [c for c in Collective if c is not Collective.BARRIER]
+NORMS = (Collective.ALL_REDUCE_RMS_NORM, Collective.ALL_REDUCE_RMS_NORM_QUANT)
 KEY = GroupKey((4, 6), "cpu", "tp")
 
 
@@ -30,10 +31,13 @@ def backends(draw: st.DrawFn) -> list[BackendSpec]:
     out = []
     for name in ["a", "b", "c", "d"][: draw(st.integers(0, 4))]:
         low = draw(st.integers(0, 12))
+        capabilities = draw(st.sets(st.sampled_from(SIZED), min_size=1))
+        quantizes = Collective.ALL_REDUCE_RMS_NORM_QUANT in capabilities
         out.append(
             backend(
                 name,
-                capabilities=draw(st.sets(st.sampled_from(SIZED), min_size=1)),
+                capabilities=capabilities,
+                formats=draw(st.sets(st.sampled_from(list(QuantFormat)), min_size=1)) if quantizes else (),
                 dtypes=draw(st.sets(st.sampled_from(DTYPES[:2]))),  # empty: every dtype; int8 is named by nobody
                 ops=draw(st.sets(st.sampled_from(list(ReduceOp)), min_size=1)),
                 min_bytes=low,
@@ -49,23 +53,21 @@ def plan_of(specs: list[BackendSpec], numerics: str = "any", *refused: Candidate
     return Plan(KEY, (*ready, *refused), compile_routes(specs, numerics), tuple(specs), numerics)
 
 
-def questions() -> list[tuple[Collective, ReduceOp | None]]:
-    return [(c, op) for c in SIZED for op in (list(ReduceOp) if c.reduces else [None])]
+def questions() -> list[tuple[Collective, Variant | None]]:
+    return [(c, op) for c in SIZED for op in c.variants]
 
 
 def adds(collective: Collective) -> bool:
-    return collective in (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE_RMS_NORM)
+    return collective in (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, *NORMS)
 
 
-def covers(
-    spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int, numerics: str = "any"
-) -> bool:
+def covers(spec: BackendSpec, collective: Collective, op: Variant | None, dtype: str, nbytes: int, numerics: str = "any") -> bool:
     """The meaning of a spec, written anew."""
     return (
         str(collective) in {str(c) for c in spec.capabilities}
-        and (op is None or op in spec.ops)
+        and (op is None or op in spec.ops or op in spec.formats)
         and (not adds(collective) or numerics == "any" or spec.numerics is Numerics.RANK_ORDER)
-        and (collective is not Collective.ALL_REDUCE_RMS_NORM or dtype != "int8")
+        and (collective not in NORMS or dtype != "int8")
         and (not spec.dtypes or dtype in spec.dtypes)
         and spec.min_bytes <= nbytes
         and (spec.max_bytes is None or nbytes <= spec.max_bytes)
@@ -110,9 +112,11 @@ def test_explain_names_the_backend_that_the_routes_give_and_a_reason_for_every_o
         answer = plan.explain(str(collective), nbytes=nbytes, dtype="float32", op=str(op or "sum"))
         wanted = [s.name for s in specs if covers(s, collective, op, "float32", nbytes, numerics)]
         chosen = wanted[0] if wanted else None
-        if chosen is None and collective is Collective.ALL_REDUCE_RMS_NORM:
-            parts = [s.name for s in specs if covers(s, Collective.ALL_REDUCE, ReduceOp.SUM, "float32", nbytes, numerics)]
-            chosen = f"composed of all_reduce by {parts[0]} and torch" if parts else None
+        parts = [(Collective.ALL_REDUCE_RMS_NORM, None)] if collective is Collective.ALL_REDUCE_RMS_NORM_QUANT else []
+        for part, variant in [*parts, (Collective.ALL_REDUCE, ReduceOp.SUM)] if collective in NORMS else []:
+            have = [s.name for s in specs if covers(s, part, variant, "float32", nbytes, numerics)]
+            if chosen is None and have:
+                chosen = f"composed of {part} by {have[0]} and torch"
         assert answer.chosen == chosen
         others = dict(answer.others)
         assert sorted([*others, *wanted[:1]]) == sorted(["z", *(s.name for s in specs)])

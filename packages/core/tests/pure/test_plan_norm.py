@@ -32,14 +32,19 @@ def plan_of(*specs: BackendSpec, numerics: str = "any") -> Plan:
 
 
 def composed(plan: Plan, dtype: str = "float32") -> list[tuple[int, int | None, str]]:
-    routes = plan.composed(dtype)
+    routes = plan.composed(NORM, None, dtype)
     assert all((r.collective, r.op) == (Collective.ALL_REDUCE, ReduceOp.SUM) for r in routes)
     return [(r.low, r.high, r.backend) for r in routes]
 
 
 def test_it_takes_no_op_but_combines_what_the_ranks_have() -> None:
     assert not NORM.reduces and NORM.combines
-    assert [c for c in Collective if c.combines] == [Collective.ALL_REDUCE, Collective.REDUCE_SCATTER, NORM]
+    assert [c for c in Collective if c.combines] == [
+        Collective.ALL_REDUCE,
+        Collective.REDUCE_SCATTER,
+        NORM,
+        Collective.ALL_REDUCE_RMS_NORM_QUANT,
+    ]
 
 
 def test_where_no_backend_has_it_it_is_composed_at_every_size() -> None:
@@ -129,7 +134,7 @@ def test_a_size_is_composed_by_the_route_of_its_all_reduce_exactly_where_no_back
     for nbytes in range(18):
         whole = serving(plan.find(NORM, None, "float32"), nbytes)
         parts = serving(plan.find(Collective.ALL_REDUCE, ReduceOp.SUM, "float32"), nbytes)
-        made = serving(plan.composed("float32"), nbytes)
+        made = serving(plan.composed(NORM, None, "float32"), nbytes)
         assert made == ([] if whole else parts)
         chosen = whole[0] if whole else f"composed of all_reduce by {made[0]} and torch" if made else None
         assert plan.explain("all_reduce_rms_norm", nbytes=nbytes).chosen == chosen
@@ -162,6 +167,9 @@ def test_the_text_of_a_plan_shows_what_is_composed_beside_what_is_not() -> None:
         "all_reduce_rms_norm composed of all_reduce by torch and torch bfloat16, float32, 0 <= bytes < 100",
         "all_reduce_rms_norm fused       bfloat16, float32, 100 <= bytes < 200",
         "all_reduce_rms_norm composed of all_reduce by torch and torch bfloat16, float32, 200 <= bytes < inf",
+        "all_reduce_rms_norm_quant composed of all_reduce by torch and torch bfloat16, float32, 0 <= bytes < 100",
+        "all_reduce_rms_norm_quant composed of all_reduce_rms_norm by fused and torch bfloat16, float32, 100 <= bytes < 200",
+        "all_reduce_rms_norm_quant composed of all_reduce by torch and torch bfloat16, float32, 200 <= bytes < inf",
     ]
 
 

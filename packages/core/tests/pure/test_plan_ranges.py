@@ -18,6 +18,8 @@ KEY = GroupKey((4, 6), "cpu", "tp")
 SUM = (Collective.ALL_REDUCE, ReduceOp.SUM)
 K = 1024
 
+NORM = (Collective.ALL_REDUCE_RMS_NORM, None, "float32")
+
 
 def backend(name: str = "mine", **changes: Any) -> BackendSpec:
     values: dict[str, Any] = {"name": name, "api": (1, 2), "factory": "m:C", "probe": "m:p", "device": "cpu"}
@@ -127,14 +129,18 @@ def test_where_nothing_captures_calls_in_a_graph_go_the_ordinary_way() -> None:
 
 def test_a_fused_norm_is_composed_of_the_routes_of_its_own_capture_state() -> None:
     plan = capturing_plan([SizeRange(0, 100)], [SizeRange(0, 50)])
-    assert [(r.low, r.high, r.backend) for r in plan.composed("float32")] == [(0, 100, "mine"), (100, None, "torch")]
-    assert [r.high for r in plan.composed("float32", capturing=True)] == [50, None]
-    assert sum("(graph)" in line and "composed of" in line for line in str(plan).splitlines()) == 2
+    assert [(r.low, r.high, r.backend) for r in plan.composed(*NORM)] == [
+        (0, 100, "mine"),
+        (100, None, "torch"),
+    ]
+    assert [r.high for r in plan.composed(*NORM, capturing=True)] == [50, None]
+    for name in ("all_reduce_rms_norm (graph) ", "all_reduce_rms_norm_quant (graph) "):
+        assert sum(name in line and "composed of" in line for line in str(plan).splitlines()) == 2
 
 
 def test_algorithms_do_not_cut_what_a_norm_is_composed_of() -> None:
     plan = plan_of([backend()], offer(SizeRange(0, 8, "push"), SizeRange(8, None, "pull")))
-    assert [(r.low, r.high, r.backend) for r in plan.composed("float32")] == [(0, None, "mine")]
+    assert [(r.low, r.high, r.backend) for r in plan.composed(*NORM)] == [(0, None, "mine")]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from commplane.api import (
     Collective,
     Numerics,
     PageStoreSpec,
+    QuantFormat,
     ReduceOp,
     SyncField,
     SyncSpec,
@@ -130,10 +131,14 @@ def test_json_of_equal_specs_is_equal_whatever_order_they_were_written_in(
 
 def test_json_lists_are_sorted_because_sets_have_another_order_in_each_process() -> None:
     json = backend(
-        capabilities=list(Capability), dtypes=["int8", "float32", "bfloat16"], ops=["sum", "min", "max", "avg"]
+        capabilities=list(Capability),
+        dtypes=["int8", "float32", "bfloat16"],
+        ops=["sum", "min", "max", "avg"],
+        formats=list(QuantFormat),
     ).to_json()
     assert json["ops"] == ["avg", "max", "min", "sum"]
     assert json["dtypes"] == ["bfloat16", "float32", "int8"]
+    assert json["formats"] == sorted(f.value for f in QuantFormat)
     assert json["capabilities"] == sorted(c.value for c in Capability)
 
 

@@ -16,6 +16,7 @@ from commplane.api import (
     CommBackend,
     Facts,
     ProbeRequest,
+    ReduceOp,
     Requirement,
     Usable,
     Verdict,
@@ -65,9 +66,8 @@ class Fused(CommBackend):
         self.requirements.extend(requirements)
         return []
 
-    def all_reduce_rms_norm(
-        self, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks."""
         self.calls += 1
         keys = [f"{self.calls}/{r}" for r in range(self.context.world_size)]
         self.store.set(keys[self.context.rank], json.dumps(tensor.tolist()))
@@ -76,7 +76,19 @@ class Fused(CommBackend):
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        return type(self).norm(total, residual, weight, eps, weight_bias)
+        return total
+
+    def all_reduce_rms_norm(
+        self, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return type(self).norm(self.total(tensor), residual, weight, eps, weight_bias)
+
+
+class Both(Fused):
+    """Has the all-reduce too."""
+
+    def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        return tensor.copy_(self.total(tensor))
 
 
 class Plugin:

@@ -11,6 +11,7 @@ from block import SPLIT, TrainingBlock, inputs
 
 import commplane
 from commplane import errors, ops
+from commplane.api import Quantization
 from commplane.testing import Outcome, PluginHost, run_processes
 
 N = 2
@@ -106,7 +107,7 @@ def test_what_has_no_gradient_is_refused_for_a_tensor_that_requires_one() -> Non
     with alone() as plane:
         comm = plane.communicator("tp")
         x = torch.ones(2, 3, requires_grad=True)
-        plain, weight = torch.ones(2, 3), torch.ones(3, requires_grad=True)
+        plain, weight, how = torch.ones(2, 3), torch.ones(3, requires_grad=True), Quantization("fp8_token")
         for op in ("min", "max"):
             for function in (ops.all_reduce, ops.reduce_scatter):
                 with pytest.raises(
@@ -120,6 +121,9 @@ def test_what_has_no_gradient_is_refused_for_a_tensor_that_requires_one() -> Non
             lambda: ops.all_reduce_rms_norm(x, plain, weight.detach(), comm),
             lambda: ops.all_reduce_rms_norm(plain, x, weight.detach(), comm),
             lambda: ops.all_reduce_rms_norm(plain, plain, weight, comm),
+            lambda: ops.all_reduce_rms_norm_quant(x, plain, weight.detach(), comm, how),
+            lambda: ops.all_reduce_rms_norm_quant(plain, x, weight.detach(), comm, how),
+            lambda: ops.all_reduce_rms_norm_quant(plain, plain, weight, comm, how),
         ):
             with pytest.raises(errors.UnsupportedOperation, match="has no gradient, found a tensor that requires grad: detach"):
                 call()

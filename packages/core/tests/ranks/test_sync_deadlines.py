@@ -50,10 +50,24 @@ def rank_main(
     [
         # Rank 2 comes when rank 0 and rank 1 have had their answer: it was not there, and the others were.
         pytest.param(
-            "aaaa", ["torch"], [0, 0.6, 1.4, 9], [0] * 4, [[2, 3], [2, 3], [3], []], id="one after the other through Gloo"
+            "aaaa",
+            ["torch"],
+            [0, 0.6, 1.4, 9],
+            [0] * 4,
+            [[2, 3], [2, 3], [3], []],
+            marks=pytest.mark.long,
+            id="one after the other through Gloo",
         ),
         pytest.param("aabb", None, [0, 0.6, 0, 9], [0, 0, 0.01, 0], [[3]] * 3 + [[]], id="host by host, one late and one away"),
-        pytest.param("aaa", ["torch"], [0, 0, 9], [0.01, 1.6, 0], [[2], [2], []], id="one is busy after it issued"),
+        pytest.param(
+            "aaa",
+            ["torch"],
+            [0, 0, 9],
+            [0.01, 1.6, 0],
+            [[2], [2], []],
+            marks=pytest.mark.long,
+            id="one is busy after it issued",
+        ),
     ],
 )
 def test_a_rank_gives_up_at_its_own_deadline_and_none_that_is_in_the_round_is_named(

@@ -86,6 +86,7 @@ def expected(ranks: list[int], order: list[int]) -> list[dict[str, Any]]:
                 {"sync_x_host": [2, 0], "sync_x_hosts": [3, 2]},
                 {"sync_x_host": [3, 1], "sync_x_hosts": [3, 2]},
             ],
+            marks=pytest.mark.long,
             id="two hosts of two, a rank stays away",
         ),
         pytest.param(

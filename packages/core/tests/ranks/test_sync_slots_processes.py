@@ -74,7 +74,7 @@ def many(store: Any, rank: int, world_size: int, steps: int) -> dict[str, Any]:
         return {"pipelined": pipelined, "threads": [t.name for t in threading.enumerate()]}
 
 
-@pytest.mark.parametrize(("world_size", "steps"), [(2, 2000), (4, 1000)])
+@pytest.mark.parametrize(("world_size", "steps"), [(2, 2000), pytest.param(4, 1000, marks=pytest.mark.long)])
 def test_thousands_of_rounds_agree_on_what_simulated_ones_do_whichever_way_each_rank_goes(world_size: int, steps: int) -> None:
     for o in run_processes(world_size, many, steps):
         assert o.error is None, o.output

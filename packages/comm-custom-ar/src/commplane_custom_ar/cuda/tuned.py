@@ -68,6 +68,11 @@ class Row:
 _ANY_CAPABILITY: Final = (0, 9999)
 _FAST_LINKS: Final = ("nvlink", "shared")
 
+# Of n ranks a one-shot sends n - 1 times the message and a two-shot 2 (n - 1) / n times, a hop later: 1.2 us at 360 GB/s.
+_DERIVED: Final = (
+    "derived from 2 x H200: where the bytes that a two-shot saves take as long as its second hop; not measured over NVLink"
+)
+
 ROWS: Final[tuple[Row, ...]] = (
     Row(
         source="2 x H200 over NVLink, bfloat16, graph replay; taken over for other capabilities, and for ranks that share a GPU",
@@ -79,20 +84,38 @@ ROWS: Final[tuple[Row, ...]] = (
         moves=None,
     ),
     Row(
-        source="derived from 2 ranks: a one-shot sends N - 1 times the message, a two-shot less than twice; not measured",
+        source=_DERIVED,
         capability=_ANY_CAPABILITY,
         links=_FAST_LINKS,
-        ranks=(3, 4),
+        ranks=(3, 3),
         staged=(Choice(512 * _KIB, "one_shot_push"), Choice(64 * _MIB, "two_shot_push")),
         readable=(),
         moves=64 * _MIB,
     ),
     Row(
-        source="derived like the row before; not measured",
+        source=_DERIVED,
         capability=_ANY_CAPABILITY,
         links=_FAST_LINKS,
-        ranks=(5, 8),
+        ranks=(4, 4),
+        staged=(Choice(256 * _KIB, "one_shot_push"), Choice(64 * _MIB, "two_shot_push")),
+        readable=(),
+        moves=64 * _MIB,
+    ),
+    Row(
+        source=_DERIVED,
+        capability=_ANY_CAPABILITY,
+        links=_FAST_LINKS,
+        ranks=(5, 6),
         staged=(Choice(128 * _KIB, "one_shot_push"), Choice(32 * _MIB, "two_shot_push")),
+        readable=(),
+        moves=32 * _MIB,
+    ),
+    Row(
+        source=_DERIVED,
+        capability=_ANY_CAPABILITY,
+        links=_FAST_LINKS,
+        ranks=(7, 8),
+        staged=(Choice(64 * _KIB, "one_shot_push"), Choice(32 * _MIB, "two_shot_push")),
         readable=(),
         moves=32 * _MIB,
     ),
@@ -145,9 +168,20 @@ def size_ranges(choices: Sequence[Choice]) -> list[SizeRange]:
 
 
 def norm_ranges(choices: Sequence[Choice], capacity: int) -> list[SizeRange]:
-    """Of all_reduce_rms_norm: one kernel up to `capacity` bytes, an all_reduce and a kernel for the rest above."""
-    end = choices[-1].max_bytes if choices else 0
+    """Of all_reduce_rms_norm: one kernel up to `capacity` bytes and twice those that go one-shot, above it a kernel more.
+
+    As `all_reduce_rms_norm` of collective.cc decides.
+    """
+    if not choices:
+        return []
     fused, rest = "fused_one_shot", "all_reduce, then add_rms_norm"
-    if end is not None and end <= capacity:
-        return [SizeRange(0, end + 1, fused)] if choices else []
-    return [SizeRange(0, capacity + 1, fused), SizeRange(capacity + 1, None if end is None else end + 1, rest)]
+    end = choices[-1].max_bytes
+    whole = capacity
+    two_shot = next((i for i, one in enumerate(choices) if one.algorithm != "one_shot_push"), None)
+    if two_shot is not None:
+        one_shot = choices[two_shot - 1].max_bytes if two_shot else None
+        whole = min(capacity, 2 * one_shot) if one_shot is not None else -1
+    if end is not None and end <= whole:
+        return [SizeRange(0, end + 1, fused)]
+    out = [SizeRange(0, whole + 1, fused)] if whole >= 0 else []
+    return [*out, SizeRange(whole + 1, None if end is None else end + 1, rest)]

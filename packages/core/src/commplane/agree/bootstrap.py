@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
+from commplane.agree.board import Board
 from commplane.agree.clock import Clock
 from commplane.agree.guard import Activity, CaptureGuard
 from commplane.agree.pack import pack, unpack
@@ -101,6 +102,7 @@ class StoreBootstrap:
         self._ask_at = self._look_at = 0.0 if len(self._ranks) <= _MANY else self._clock.now() + _LOOK_EVERY_S
         self._looks = 0
         self._used: list[str] = []  # keys of the round before, which this rank removes
+        self._led: list[StoreBootstrap] = []
 
     @property
     def rank(self) -> int:
@@ -141,11 +143,29 @@ class StoreBootstrap:
             dead=self._dead,
         )
 
+    def part(self, name: str, ranks: Sequence[int], *, who: str) -> StoreBootstrap:
+        """A control plane over some of the ranks, as global ones, this one among them. Local; same `name` on each of these."""
+        rank = self._ranks[self._rank]
+        root, store, timeout = f"{self._root}/{name}", self._store, self._timeout
+        return StoreBootstrap(
+            store, ranks, rank, prefix=root, timeout=timeout, who=who, guard=self._guard, activity=self._activity, dead=self._dead
+        )
+
+    def lead(self, other: StoreBootstrap) -> None:
+        """From now on `begin` and `fail` are `other`'s, too. Local."""
+        self._led.append(other)
+
+    def board(self, name: str) -> Board:
+        """Where ranks leave lines without a round. Local; same `name` on every rank."""
+        return Board(self._store, f"{self._root}/board/{name}")
+
     def begin(self, step: str) -> None:
         """Start afresh, at round 0 of `step`, whatever went wrong before. Local; same `step` on every rank, used once."""
         self._prefix = f"{self._root}/{step}"
         self._seq = 0
         self._error = None
+        for other in self._led:
+            other.begin(step)
 
     def store(self, name: str) -> Any:
         """A `torch.distributed.PrefixStore` of this group's own. Local."""
@@ -174,6 +194,8 @@ class StoreBootstrap:
 
     def fail(self, reason: str) -> None:
         """Tell the others, instead of coming to the next round, that this rank cannot go on. Local, does not wait."""
+        for other in self._led:
+            other.fail(reason)
         if self._error is not None or self.world_size == 1:
             return
         self._error = PeerFailed(f"{self._who} gave up: {reason}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from commplane.agree.bootstrap import PeerFailed, StoreBootstrap
 from commplane.agree.bounded import Abandoned, Stalled, call_bounded
 from commplane.agree.device import on_device, on_device_if_possible
-from commplane.api import BackendSpec, BuildContext, CommBackend
+from commplane.api import BackendSpec, BuildContext, Capability, CommBackend, QuantFormat
 from commplane.errors import AgreementError, CommplaneError, PeerError
 from commplane.notice import notice
 from commplane.select import Candidate, Offer, ask, disagreement
@@ -64,16 +64,22 @@ def joint_verdict(
         )
     text = disagreement(f"the plan before {what}", [(v["digest"], [ranks[i] for i in at]) for v, at in votes])
     if text is not None:
-        raise AgreementError(f"{text}; does a commplane_select_backend hook answer differently on some rank?")
+        raise AgreementError(
+            f"{text}; does a commplane_select_backend hook, or CommBackend.formats, answer differently on some rank?"
+        )
     return None
 
 
 @dataclass
 class Attempt:
-    """How building one backend ended. `backend` is None unless `candidate` is ready; `offers` are of this rank."""
+    """How building one backend ended. `backend` is None unless `candidate` is ready; `offers` are of this rank.
+
+    `spec` is what the open backend serves of what was declared.
+    """
 
     candidate: Candidate
     backend: CommBackend | None
+    spec: BackendSpec
     offers: tuple[Offer, ...] = ()
 
 
@@ -104,6 +110,7 @@ def build_backend(
     look_every = max(0.05, 0.0005 * context.world_size)
     holder: list[CommBackend] = []
     offers: list[Offer] = []
+    served = [spec]
 
     def release() -> None:
         for backend in holder:
@@ -114,11 +121,12 @@ def build_backend(
             backend = make()
             holder.append(backend)
             backend.open(context)
-            offers.extend(ask(spec, backend))
+            served[0] = _served(spec, backend)
+            offers.extend(ask(served[0], backend))
 
     def prove_it() -> None:
         with on_device(context.device):
-            check(spec, holder[0], context)
+            check(served[0], holder[0], context)
 
     for state, step in (("build", open_it), ("canary", prove_it)):
         problem: Setback | None = None
@@ -145,7 +153,9 @@ def build_backend(
                 raise
         try:
             # A step is bounded by `seconds` on each rank, so a rank may come to the vote that much later than another.
-            reasons = joint_verdict(votes, f"{state} of {spec.name}", problem, 2 * seconds + 1, digest)
+            # Ranks whose formats differ would not run the same canary.
+            so_far = digest if served[0] is spec else f"{digest}, {spec.name} serves {sorted(map(str, served[0].formats))}"
+            reasons = joint_verdict(votes, f"{state} of {spec.name}", problem, 2 * seconds + 1, so_far)
         except BaseException:
             if not running:
                 release()
@@ -153,8 +163,21 @@ def build_backend(
         if reasons is not None:
             if not running:  # otherwise the thread that is still inside releases it when it comes back
                 release()
-            return Attempt(Candidate(spec.name, dist, state, reasons), None)
-    return Attempt(Candidate(spec.name, dist, "ready"), holder[0], tuple(offers))
+            return Attempt(Candidate(spec.name, dist, state, reasons), None, spec)
+    return Attempt(Candidate(spec.name, dist, "ready"), holder[0], served[0], tuple(offers))
+
+
+def _served(spec: BackendSpec, backend: CommBackend) -> BackendSpec:
+    """`spec` with those formats alone that the open backend has on its device. Local."""
+    quant = Capability.ALL_REDUCE_RMS_NORM_QUANT
+    answer = backend.formats() if quant in spec.capabilities else None
+    if answer is None:
+        return spec
+    formats = {QuantFormat(f) for f in answer}
+    strange = formats - set(spec.formats)
+    if strange:
+        raise ValueError(f"{spec.name}: formats() must be among those of the spec, found {', '.join(sorted(map(str, strange)))}")
+    return replace(spec, formats=formats, capabilities=set(spec.capabilities) - (set() if formats else {quant}))
 
 
 def abort_backend(name: str, holder: list[CommBackend]) -> None:

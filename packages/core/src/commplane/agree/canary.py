@@ -11,12 +11,24 @@ that each change the result: only how the reciprocal root is approximated is lef
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from commplane.agree.device import settle
-from commplane.api import BackendSpec, BuildContext, Capability, Collective, CommBackend, ReduceOp
+from commplane.api import (
+    BackendSpec,
+    BuildContext,
+    Capability,
+    Collective,
+    CommBackend,
+    QuantFormat,
+    Quantization,
+    ReduceOp,
+    misquantized,
+    quantize,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +37,12 @@ __all__ = ["CanaryError", "check", "verify_overrides"]
 
 # Beyond one element a rank, so that vector code and its tail both run.
 _REPEATS = 9
+
+# Columns of a row that is normed, of each rank: a few, and vector code has a tail again.
+_NORM_COLUMNS = 12
+# Groups of a row that is quantised: more than the four whose scales share a word. Three rows of them are 1920 elements, however
+# many the ranks: what a backend has to have room for to be tried.
+_GROUPS = 5
 
 # How far a norm may be from the exact one, in units of its last place.
 _NORM_ULPS = 2
@@ -47,17 +65,24 @@ def verify_overrides(spec: BackendSpec, backend: CommBackend) -> None:
 
 
 def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> None:
-    """Run every collective the spec declares, in each dtype and op it claims. Collective; raises `CanaryError`."""
+    """Run every collective the spec declares, in each dtype and op it claims. Collective; raises `CanaryError`.
+
+    A rank that finds something wrong goes on to the end with the others: kernels that wait for it on the device may have no
+    deadline.
+    """
+    found: list[CanaryError] = []
     for collective in spec.collectives():
         if collective is Collective.BARRIER:
             backend.barrier()
             continue
         for name in sorted(spec.dtypes) or ["float32"]:
             dtype = getattr(torch, name)
-            if collective is Collective.ALL_REDUCE_RMS_NORM:
-                if dtype.is_floating_point:
+            if collective.norms:
+                hows = [None] if collective is Collective.ALL_REDUCE_RMS_NORM else _quantizations(spec, context.device)
+                for how in hows if dtype.is_floating_point else ():
                     for salt in (0, 1):
-                        _check_norm(backend, context, dtype, salt)
+                        with _noted(found):
+                            _check_norm(backend, context, dtype, salt, how)
                 continue
             ops: list[ReduceOp | None] = [None]
             if collective.reduces:
@@ -65,14 +90,26 @@ def check(spec: BackendSpec, backend: CommBackend, context: BuildContext) -> Non
             for op in ops:
                 for salt in (0, 1):
                     for what, got, wanted in _run(backend, context, collective, op, dtype, salt):
-                        _compare(f"{what} of {name}", got, wanted, op, context)
+                        with _noted(found):
+                            _compare(f"{what} of {name}", got, wanted, op, context)
     settle(context.device)  # nothing of it runs on beside the first call of the user, whose stream is another
+    if found:
+        raise found[0]
 
 
-def _values(context: BuildContext, dtype: torch.dtype, salt: int) -> Tensor:
-    """Row r is what rank r contributes."""
+@contextmanager
+def _noted(found: list[CanaryError]) -> Iterator[None]:
+    """Keep what is wrong for later."""
+    try:
+        yield
+    except CanaryError as error:
+        found.append(error)
+
+
+def _values(context: BuildContext, dtype: torch.dtype, salt: int, count: int | None = None) -> Tensor:
+    """Row r is what rank r contributes, `count` elements."""
     n = context.world_size
-    rows = torch.zeros(n, n * _REPEATS)
+    rows = torch.zeros(n, n * _REPEATS if count is None else count)
     for r in range(n):
         rows[r, r::n] = 1 + (r + salt) % 5
     return rows.to(device=context.device, dtype=dtype)
@@ -114,20 +151,51 @@ def _run(
         yield f"broadcast from {src}", backend.broadcast(mine, src), rows[src]
 
 
-def _check_norm(backend: CommBackend, context: BuildContext, dtype: torch.dtype, salt: int) -> None:
+def _quantizations(spec: BackendSpec, device: str) -> list[Quantization]:
+    """Each format of the spec, with a scale where it wants one."""
+    scales = {QuantFormat.FP8_STATIC: 0.25, QuantFormat.NVFP4: 16.0}
+    return [
+        Quantization(f, torch.tensor([scales[f]], device=device) if f in scales else None)
+        for f in QuantFormat
+        if f in spec.formats
+    ]
+
+
+def _check_norm(
+    backend: CommBackend, context: BuildContext, dtype: torch.dtype, salt: int, how: Quantization | None = None
+) -> None:
     """Three rows whose squares have the means 3, 15 and 63, which an eps of 1 makes powers of 4; in the second round times 4."""
-    rows = _values(context, dtype, salt).repeat(1, 4).reshape(context.world_size, 3, -1)
-    hidden = rows.shape[-1]
+    n = context.world_size
+    hidden = n * _NORM_COLUMNS if how is None else how.group * _GROUPS  # the group of fp8_group, which every format divides
+    rows = _values(context, dtype, salt, 3 * hidden).reshape(n, 3, hidden)
     scale = 1 + salt
     new = torch.tensor([[1, 3, -1, 1], [1, -1, 3, 7], [-1, 1, 9, 13]]).mul_(scale).repeat(1, hidden // 4).to(rows)
     inverse = torch.tensor([[1 / 2], [1 / 4], [1 / 8]], dtype=torch.float64, device=rows.device) / scale
     residual = new - rows.sum(0)
-    weight = (torch.arange(hidden, device=rows.device) % 7 + 0.5).to(dtype)
+    column = torch.arange(hidden, device=rows.device)
+    # Every other stretch as long as a group has smaller norms, so that the scale of a neighbour is another one.
+    weight = (column % torch.where(column // 128 % 2 == 0, 7, 2) + 0.5).to(dtype)
     eps, weight_bias = float(scale**2), float(salt)
     norm = new.double() * inverse * (weight_bias + weight.double())
-    what = f"all_reduce_rms_norm with eps {eps:g} and weight_bias {weight_bias:g} of {str(dtype).removeprefix('torch.')}"
+    what = f"eps {eps:g} and weight_bias {weight_bias:g} of {str(dtype).removeprefix('torch.')}"
     inputs = rows[context.rank].clone(), residual.clone(), weight.clone()
-    got, total = backend.all_reduce_rms_norm(*inputs, eps, weight_bias)
+    if how is None:
+        what = f"all_reduce_rms_norm with {what}"
+        got, total = backend.all_reduce_rms_norm(*inputs, eps, weight_bias)
+    else:
+        what = f"all_reduce_rms_norm_quant to {how.format} with {what}"
+        quantized, kept, total = backend.all_reduce_rms_norm_quant(*inputs, eps, weight_bias, how, True)
+        alone, none, _ = backend.all_reduce_rms_norm_quant(*inputs, eps, weight_bias, how, False)
+        if kept is None:
+            raise CanaryError(f"{what} gave no norm, which was asked for")
+        got = kept
+        settle(context.device)
+        wanted = quantize(got, how)
+        wrong = (
+            misquantized(quantized, wanted) or misquantized(alone, wanted) or (none is not None and "a norm was not asked for")
+        )
+        if wrong:
+            raise CanaryError(f"{what} is wrong: {wrong}")
     settle(context.device)
     _compare(f"the residual of {what}", total, new, None, context)
     for name, after, before in zip(("tensor", "residual", "weight"), inputs, (rows[context.rank], residual, weight), strict=True):
@@ -139,9 +207,9 @@ def _check_norm(backend: CommBackend, context: BuildContext, dtype: torch.dtype,
             f"wanted {dtype}{list(norm.shape)} for both"
         )
     place = torch.finfo(dtype).eps * torch.exp2(norm.abs().log2().floor())
-    wrong = ~((got.double() - norm).abs() <= _NORM_ULPS * place)
-    if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
+    off = ~((got.double() - norm).abs() <= _NORM_ULPS * place)
+    if bool(off.any()):
+        row, column = off.nonzero()[0].tolist()
         raise CanaryError(
             f"{what} is wrong: the norm at row {row}, column {column} is {got[row, column].item():g}, "
             f"wanted {norm[row, column].item():g}"

@@ -100,20 +100,26 @@ os.register_at_fork(after_in_child=_idle.clear)  # a forked child has none of th
 class _Thread:
     def __init__(self, name: str) -> None:
         self._name = name
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def submit(self, call: Callable[[], None]) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+                self._thread = threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True)
                 self._thread.start()
         self._calls.put(call)
 
-    def _serve(self) -> None:
-        while True:
-            self._calls.get()()
+    def __del__(self) -> None:
+        self._calls.put(None)  # nobody can submit any more
+
+
+def _serve(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """Body of a worker's thread; it does not hold the worker, so that it ends with it."""
+    while (call := calls.get()) is not None:
+        call()
+        del call  # it may hold the worker
 
 
 REAL = Clock()

@@ -14,7 +14,7 @@ from pathlib import Path
 from commplane.agree.bootstrap import StoreBootstrap
 from commplane.agree.shared_memory import ProofSegment, maps
 from commplane.api import Facts, RankFacts
-from commplane.api.facts import process_start
+from commplane.api.facts import pid_namespace, process_start
 from commplane.api.shm import SHM_DIRECTORY, sweep
 
 __all__ = ["exchange_facts", "observe"]
@@ -52,13 +52,6 @@ def _cores() -> tuple[int, ...]:
     return tuple(range(os.cpu_count() or 1))
 
 
-def _pid_namespace() -> str:
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()
-
-
 def observe(rank: int) -> RankFacts:
     """This process, without `shm_domain`, which takes an exchange. Local."""
     torch = sys.modules.get("torch")
@@ -67,7 +60,7 @@ def observe(rank: int) -> RankFacts:
         host=socket.gethostname(),
         pid=os.getpid(),
         pid_start=process_start(os.getpid()) or 0,
-        pid_namespace=_pid_namespace(),
+        pid_namespace=pid_namespace(),
         shm_domain=None,
         shm_free=shutil.disk_usage(SHM_DIRECTORY).free if SHM_DIRECTORY.is_dir() else None,
         memory_limit=_memory_limit(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +11,7 @@ from commplane.api.bootstrap import Bootstrap, Deadline
 from commplane.api.facts import Facts
 from commplane.api.flight import FlightRecord
 from commplane.api.group import GroupKey
+from commplane.api.inner import InnerGroups
 from commplane.api.ranges import SizeRange
 from commplane.api.types import Capability, Collective, ReduceOp
 from commplane.api.workspace import Requirement, Workspace
@@ -18,6 +19,8 @@ from commplane.errors import UnsupportedOperation
 
 if TYPE_CHECKING:
     import torch
+
+    from commplane.api.quantize import Quantization, Quantized
 
 __all__ = ["BuildContext", "CommBackend", "ProbeRequest", "refuse_overlap"]
 
@@ -64,6 +67,7 @@ class BuildContext:
         deadline: when `open` must be done.
         timeout: seconds that a running operation may wait for its peers.
         options: the backend's own settings.
+        inner: makes communicators of parts of the group, for a backend that is made of others; for `open`. Since comm 1.4.
     """
 
     backend: str
@@ -75,6 +79,7 @@ class BuildContext:
     deadline: Deadline
     timeout: float
     options: Mapping[str, Any]
+    inner: InnerGroups | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -152,6 +157,24 @@ class CommBackend(ABC):
         """
         raise self._unsupported(Capability.ALL_REDUCE_RMS_NORM)
 
+    def all_reduce_rms_norm_quant(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+        how: Quantization,
+        keep_norm: bool,
+    ) -> tuple[Quantized, torch.Tensor | None, torch.Tensor]:
+        """`all_reduce_rms_norm` with the norm quantised. Collective; since comm 1.3.
+
+        Returns the quantised norm, the norm itself if `keep_norm`, and the new residual. The norm is rounded to its dtype before
+        it is quantised; a value may be one step of the format from `commplane.api.quantize` where the norm is one step of its
+        dtype off. What the communicator has checked is the same, and that hidden fits the format.
+        """
+        raise self._unsupported(Capability.ALL_REDUCE_RMS_NORM_QUANT)
+
     def barrier(self) -> None:
         """Return when all ranks have come here. Collective."""
         raise self._unsupported(Capability.BARRIER)
@@ -183,6 +206,15 @@ class CommBackend(ABC):
         """
         return None
 
+    def formats(self) -> Collection[str] | None:
+        """Of `all_reduce_rms_norm_quant`, the formats of the spec that this device has. Local; since comm 1.3.
+
+        Asked once, right after `open`, by whoever declares the collective. None is for all of them; those that are left out are
+        composed, and with an empty answer all are. Every rank must answer alike: what is left is part of the plan that the
+        ranks compare.
+        """
+        return None
+
     def capture_begin(self) -> None:
         """A capture starts. Local. Only called with `Capability.CAPTURE`."""
 
@@ -210,9 +242,9 @@ class CommBackend(ABC):
         """The callable that the dispatch table holds for one (collective, op, dtype). Local.
 
         It takes what the method takes, but for `op`: the tensor, then ``src`` for broadcast, or residual, weight, eps and
-        weight_bias, all by position. `in_place` is for all-reduce and all_reduce_rms_norm, whose results then go into the tensor
-        and the residual. Override to hand out something leaner than a method. Bound anew after each
-        `init_workspace`, so it may hold on to what was built.
+        weight_bias (and how to quantise, and whether to keep the norm), all by position. `in_place` is for all-reduce and
+        all_reduce_rms_norm, whose results then go into the tensor and the residual. Override to hand out something leaner than
+        a method. Bound anew after each `init_workspace`, so it may hold on to what was built.
         """
         if collective is Collective.ALL_REDUCE:
             method = self.all_reduce_ if in_place else self.all_reduce

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-__all__ = ["Facts", "RankFacts", "has_ended", "process_start"]
+__all__ = ["Facts", "RankFacts", "has_ended", "pid_namespace", "process_start"]
 
 
 def _start(pid: int) -> int | None:
@@ -36,6 +37,14 @@ def has_ended(pid: int, start: int) -> bool:
         return _start(pid) != start
     except OSError:
         return False
+
+
+def pid_namespace() -> str:
+    """Identity of this process's pid namespace: two processes with an equal one mean the same by a pid."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,9 @@ class Facts(Mapping[int, RankFacts]):
         Only processes of this process's own pid namespace can be looked up; others are held to be alive.
         """
         mine = (os.getpid(), process_start(os.getpid()))
-        own = next((f.pid_namespace for f in self.values() if (f.pid, f.pid_start) == mine), None)
+        alike = {f.pid_namespace for f in self.values() if (f.pid, f.pid_start) == mine}
+        # Ranks of several containers, started together, may have equal pids and start times.
+        own = pid_namespace() if len(alike) > 1 else next(iter(alike), None)
         return tuple(r for r in ranks if self[r].pid_namespace == own and has_ended(self[r].pid, self[r].pid_start))
 
     def oversubscribed(self, ranks: Sequence[int]) -> bool:

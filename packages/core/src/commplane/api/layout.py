@@ -18,7 +18,9 @@ For ``ParallelLayout(world_size=8, tensor=8, data=2, context=2, expert=4)``, att
     attention_tp: rows          [0 1] [2 3] [4 5] [6 7]     moe_tp: rows       [0 1] [2 3] [4 5] [6 7]
     attention_cp: columns       [0 2] [1 3] [4 6] [5 7]     moe_ep: columns    [0 2 4 6] [1 3 5 7]
     attention: both, a grid     [0 1 2 3] [4 5 6 7]         moe_dp             [0] [1] ... [7]
-    dp: the same place          [0 4] [1 5] [2 6] [3 7]     tp                 [0 1 2 3 4 5 6 7]
+    dp: the same place          [0 4] [1 5] [2 6] [3 7]     tp, world          [0 1 2 3 4 5 6 7]
+
+Engines have several words for some of these: cp is attention_cp, attention_dp is dp, and ep is moe_ep.
 
 The order is SGLang's (`initialize_model_parallel`): pipeline outermost, then data, context, tensor innermost. vLLM's data
 parallelism lies outside of its blocks: there each replica is a layout of its own, over ranks of its own.
@@ -31,8 +33,9 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import product
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from commplane.api.mesh import mesh_of, sizes_of
 from commplane.errors import ConfigError
 
 __all__ = ["ParallelLayout", "Place"]
@@ -43,6 +46,7 @@ _ATTENTION = ("stage", "dp", "cp", "tp")
 _MOE = ("stage", "dp", "ep", "tp")
 # Family -> how the block is cut, and which coordinates differ among the ranks of one group.
 _CUTS: Mapping[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "world": (_ATTENTION, frozenset(_ATTENTION)),
     "tp": (_ATTENTION, frozenset({"dp", "cp", "tp"})),
     "pp": (_ATTENTION, frozenset({"stage"})),
     "dp": (_ATTENTION, frozenset({"dp"})),
@@ -53,6 +57,10 @@ _CUTS: Mapping[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "moe_ep": (_MOE, frozenset({"ep"})),
     "moe_dp": (_MOE, frozenset({"dp"})),
 }
+_ALIASES: Mapping[str, str] = {"cp": "attention_cp", "attention_dp": "dp", "ep": "moe_ep"}
+
+# Of a family, how many groups `explain` shows.
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,27 @@ class ParallelLayout:
         return self.tensor // (self.moe_data * self.expert)
 
     def groups(self, family: str) -> Groups:
-        """All groups of a family of `families`, each with its global ranks in group order; every rank is in exactly one."""
-        if family not in _CUTS:
-            raise ConfigError(f"layout: wanted one of {', '.join(self.families)}, found {family!r}")
-        return _all_groups(self)[family]
+        """All groups of a family of `families`, each with its global ranks in group order; every rank is in exactly one.
+
+        ``cp``, ``ep`` and ``attention_dp`` are other words for families.
+        """
+        return _all_groups(self)[self.family(family)]
+
+    def family(self, name: str) -> str:
+        """The family that is called `name`, which may be another word for it.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        found = _ALIASES.get(name, name)
+        if found not in _CUTS:
+            raise ConfigError(f"layout: wanted one of {', '.join((*self.families, *_ALIASES))}, found {name!r}")
+        return found
+
+    @property
+    def world(self) -> Groups:
+        """All ranks, as one group."""
+        return self.groups("world")
 
     @property
     def tp(self) -> Groups:
@@ -184,9 +209,52 @@ class ParallelLayout:
         index = {family: group.index(rank) for family, group in mine.items()}
         return Place(rank, MappingProxyType(mine), MappingProxyType(index))
 
+    @classmethod
+    def from_mesh(cls, mesh: Any) -> ParallelLayout:
+        """The layout that a `torch.distributed.DeviceMesh` is of. Local.
+
+        Its dimensions are some of pp, dp, cp and tp, or of pp, moe_dp, moe_ep and moe_tp, in that order; one that is left out has
+        size 1, and so has what the mesh cannot say, the other way of cutting a block.
+
+        Raises:
+            ConfigError: the mesh is of no layout; what was found and wanted is in the text.
+        """
+        return cls(**sizes_of(mesh))
+
+    def to_mesh(self, device: str = "cpu", cut: str = "attention") -> Any:
+        """A `torch.distributed.DeviceMesh` of all ranks. Collective over them, like every mesh: torch makes its process groups.
+
+        Args:
+            device: type of device, such as ``"cuda"``.
+            cut: ``"attention"`` for the dimensions pp, dp, cp and tp, ``"moe"`` for pp, moe_dp, moe_ep and moe_tp.
+
+        Raises:
+            ConfigError: there is no such cut.
+        """
+        return mesh_of(self, device, cut)
+
+    def explain(self) -> str:
+        """For people: the sizes, and of each family the first groups, each with its ranks."""
+        sizes = ", ".join(f"{f.name} {size}" for f in fields(self) if (size := getattr(self, f.name)) > 1)
+        lines = [f"layout: {sizes or 'one rank'}"]
+        width = max(map(len, self.families))
+        for family, groups in _all_groups(self).items():
+            shown = " ".join(map(_shown, groups[:_SHOWN]))
+            more = f" and {len(groups) - _SHOWN} more" if len(groups) > _SHOWN else ""
+            lines.append(f"  {family:<{width}}  {len(groups)} x {len(groups[0])}: {shown}{more}")
+        return "\n".join(lines)
+
     def creation_order(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Every group as (family, ranks), in one order for all: a rank creates those that it is in, and none waits in vain."""
         return tuple((family, group) for family, groups in _all_groups(self).items() for group in groups)
+
+
+def _shown(group: tuple[int, ...]) -> str:
+    """``[0-3]``, ``[0 2 4]`` or ``[0-30:2]``: first and last of ranks at equal distances, where there are many."""
+    step = group[1] - group[0] if len(group) > 1 else 1
+    if len(group) > 4 and group == tuple(range(group[0], group[-1] + 1, step)):
+        return f"[{group[0]}-{group[-1]}{f':{step}' if step > 1 else ''}]"
+    return f"[{' '.join(map(str, group))}]"
 
 
 @lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ __all__ = ["add_rms_norm"]
 # two buffers of float32 a block, and where those are larger the pages that malloc gives back and faults in again cost most.
 _BLOCK = 1 << 18
 _BLOCK_NARROW = 1 << 17
-# Up to here torch's own rms_norm, the same steps in one call, was faster.
+# Up to here torch's own rms_norm, the same steps in one call, was faster on CPU; on other devices it is at every size.
 _ONE_CALL = 1 << 15
 
 
@@ -47,7 +47,8 @@ def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float, we
         residual = residual.detach()
     total = total.detach().contiguous() if total.requires_grad else total.contiguous()
     narrow = total.itemsize < 4
-    if not weight_bias and total.numel() <= _ONE_CALL and (not narrow or (total.is_cpu and _rounds_once())):
+    one_call = not total.is_cpu or total.numel() <= _ONE_CALL
+    if one_call and not weight_bias and (not narrow or _rounds_once(total.device.type)):
         total.add_(residual)
         return torch.rms_norm(total, total.shape[-1:], weight, eps), total
     scale = weight.float() if narrow else weight
@@ -87,10 +88,13 @@ def _normalise(v: Tensor, squares: Tensor, out: Tensor, scale: Tensor, eps: floa
 
 
 @cache
-def _rounds_once() -> bool:
-    """Whether this torch's rms_norm on CPU rounds dtypes of 16 bits at the end only; that of 2.4 does before the weight too."""
+def _rounds_once(device: str) -> bool:
+    """Whether this torch's rms_norm rounds dtypes of 16 bits at the end only; that of 2.4 does before the weight too."""
     import torch
 
+    if device != "cpu":  # not tried out, as this may be asked inside of a capture: one kernel does all, or a row of them
+        fused = device == "cuda" and hasattr(torch.ops.aten, "_fused_rms_norm")
+        return fused and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "CUDA")
     v = torch.tensor([1.0, 5.0], dtype=torch.bfloat16, device="cpu")  # where it makes a difference
     wanted = (v.float() * v.float().square().mean().rsqrt() * 7.0).bfloat16()
     return torch.equal(torch.rms_norm(v, v.shape, torch.full_like(v, 7.0), 0.0), wanted)

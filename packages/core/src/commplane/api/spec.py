@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from commplane.api.types import Capability, Collective, Numerics, ReduceOp, Vote
+from commplane.api.types import Capability, Collective, Numerics, QuantFormat, ReduceOp, Vote
 from commplane.api.versions import ApiVersion
 
 __all__ = ["BackendSpec", "PageStoreSpec", "Spec", "SyncField", "SyncSpec", "TransferSpec"]
@@ -55,6 +55,7 @@ class BackendSpec(Spec):
         dtypes: names of dtypes it serves, such as ``"bfloat16"``; empty means every dtype.
         device: device type it serves, or ``"any"``.
         ops: reductions it serves.
+        formats: of `all_reduce_rms_norm_quant`: the formats it serves.
         min_world_size: smallest group.
         max_world_size: largest group, or None.
         min_bytes: smallest message in bytes it should be chosen for.
@@ -71,6 +72,7 @@ class BackendSpec(Spec):
     dtypes: Collection[str]
     device: str
     ops: Collection[str] = ("sum",)
+    formats: Collection[str] = ()
     min_world_size: int = 2
     max_world_size: int | None = None
     min_bytes: int = 0
@@ -83,12 +85,15 @@ class BackendSpec(Spec):
         super().__post_init__()
         _check_path(self.name, "factory", self.factory)
         _check_path(self.name, "probe", self.probe)
-        for label in ("capabilities", "dtypes", "ops"):
+        for label in ("capabilities", "dtypes", "ops", "formats"):
             if isinstance(getattr(self, label), str):
                 raise ValueError(f"{self.name}: {label} must be a collection of names, found {getattr(self, label)!r}")
         self.set_defaulted("capabilities", frozenset(Capability(c) for c in self.capabilities))
         self.set_defaulted("dtypes", frozenset(self.dtypes))
         self.set_defaulted("ops", frozenset(ReduceOp(o) for o in self.ops))
+        self.set_defaulted("formats", frozenset(QuantFormat(f) for f in self.formats))
+        if bool(self.formats) != (Capability.ALL_REDUCE_RMS_NORM_QUANT in self.capabilities):
+            raise ValueError(f"{self.name}: formats and the capability all_reduce_rms_norm_quant go together, found one of them")
         self.set_defaulted("numerics", Numerics(self.numerics))
         self.set_defaulted("options", dict(self.options))
         if self.max_world_size is not None and self.max_world_size < self.min_world_size:
@@ -110,6 +115,7 @@ class BackendSpec(Spec):
             "dtypes": sorted(self.dtypes),
             "device": self.device,
             "ops": sorted(map(str, self.ops)),
+            "formats": sorted(map(str, self.formats)),
             "world_size": [self.min_world_size, self.max_world_size],
             "bytes": [self.min_bytes, self.max_bytes],
             "numerics": str(self.numerics),

@@ -41,7 +41,10 @@ def probe(request: ProbeRequest, facts: Facts) -> Verdict:
 
 @hookimpl
 def commplane_register_comm_backends() -> list[BackendSpec]:
-    """`torch`: every collective, any device, always last in a plan. `torch_symm`: where it is asked for by name."""
+    """`torch`: every collective, any device, always last in a plan. `torch_symm`: where it is asked for by name.
+
+    `hierarchical`: all-reduce for groups that span hosts, made of other backends inside the hosts and between them.
+    """
     return [
         BackendSpec(
             name="torch",
@@ -60,6 +63,27 @@ def commplane_register_comm_backends() -> list[BackendSpec]:
             ops={"sum", "min", "max", "avg"},
             device="any",
             min_world_size=1,
+        ),
+        BackendSpec(
+            name="hierarchical",
+            api=(1, 4),
+            factory="commplane.backends.hierarchical.backend:Hierarchical",
+            probe="commplane.backends.hierarchical.probe:probe",
+            capabilities={Capability.ALL_REDUCE},
+            dtypes={"float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64"},
+            ops={"sum", "min", "max", "avg"},
+            device="cpu",
+            min_world_size=3,
+            priority=50,
+            options={
+                # Backends inside the hosts and between them, in the order of preference; auto for that of priority.
+                "inside": "auto",
+                "between": "auto",
+                # auto, leaders or shards.
+                "algorithm": "auto",
+                # Seconds that a rank which another one waited for in vain has to answer, before it is named as lost.
+                "patience": 5.0,
+            },
         ),
         BackendSpec(
             name="torch_symm",

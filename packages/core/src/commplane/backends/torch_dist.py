@@ -6,6 +6,7 @@ group, no rank outside the group takes part, and a call saves what c10d's Python
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from commplane.api import BuildContext, CommBackend, ReduceOp, refuse_overlap
-from commplane.errors import MismatchError, PeerError, UnsupportedOperation
+from commplane.errors import CommunicatorError, MismatchError, PeerError, UnsupportedOperation
 from commplane.tracer import without_data
 
 __all__ = ["TorchDistributed"]
@@ -51,7 +52,7 @@ class TorchDistributed(CommBackend):
         dense = tensor.detach().resolve_neg().contiguous()
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
-        self._wait("all_reduce", lambda: self._pg.allreduce([dense], options))
+        self._wait("all_reduce", lambda pg: pg.allreduce([dense], options))
         if op is ReduceOp.AVG:
             dense.div_(self._context.world_size)
         return _into(tensor, dense)
@@ -63,7 +64,7 @@ class TorchDistributed(CommBackend):
         shape = (self._context.world_size * dense.shape[0], *dense.shape[1:])
         out = torch.empty(shape, dtype=dense.dtype, device=dense.device)
         if out.numel():
-            self._wait("all_gather", lambda: self._pg._allgather_base(out, dense))
+            self._wait("all_gather", lambda pg: pg._allgather_base(out, dense))
         return out
 
     def reduce_scatter(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
@@ -78,7 +79,7 @@ class TorchDistributed(CommBackend):
         options = dist.ReduceScatterOptions()
         options.reduceOp = _OPS[op]
         if out.numel():
-            self._wait("reduce_scatter", lambda: self._pg._reduce_scatter_base(out, tensor.contiguous(), options))
+            self._wait("reduce_scatter", lambda pg: pg._reduce_scatter_base(out, tensor.contiguous(), options))
         return out.div_(n) if op is ReduceOp.AVG else out
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
@@ -90,7 +91,7 @@ class TorchDistributed(CommBackend):
         options.rootRank = src
         options.rootTensor = 0
         if dense.numel():
-            self._wait("broadcast", lambda: self._pg.broadcast([dense], options))
+            self._wait("broadcast", lambda pg: pg.broadcast([dense], options))
         return _into(tensor, dense)
 
     def barrier(self) -> None:
@@ -98,12 +99,19 @@ class TorchDistributed(CommBackend):
         options = dist.BarrierOptions()
         if self._context.device.startswith("cuda"):
             options.device = torch.device(self._context.device)
-        self._wait("barrier", lambda: self._pg.barrier(options))
+        self._wait("barrier", lambda pg: pg.barrier(options))
 
     def abort(self) -> None:
-        """NCCL's waits end here, on this rank; Gloo's end at their deadline."""
-        if self._pg is not None and self._context.device.startswith("cuda"):
+        """NCCL's waits end here, on this rank; Gloo's on the others, who find their connections closed. No call works after it.
+
+        A thread that is in a call keeps Gloo's connections until the call ends: Gloo cannot be interrupted.
+        """
+        if self._pg is None:
+            return
+        if self._context.device.startswith("cuda"):
             self._pg.abort()
+        else:
+            self._pg = None
 
     def bare(self, tensor: torch.Tensor, op: ReduceOp) -> Callable[[], object] | None:
         """The process group's all-reduce and its wait; None for avg, which takes more than that here."""
@@ -127,15 +135,21 @@ class TorchDistributed(CommBackend):
                 f"{self._context.who} op avg wants a floating-point tensor, found {tensor.dtype}: use sum and divide"
             )
 
-    def _wait(self, what: str, start: Callable[[], Any]) -> None:
+    def _wait(self, what: str, start: Callable[[Any], Any]) -> None:
         """Start the operation and wait for it. Gloo raises RuntimeError for everything; say what it was."""
+        pg, work = self._pg, None  # an `abort` by another thread does not take it from under this call
+        if pg is None:
+            raise CommunicatorError(f"{self._context.who} {what}: the connections were given up: create the communicator again")
         try:
-            work = start()
+            work = start(pg)
             if work is not None:
                 work.wait()
         except TypeError as error:  # NCCL's word for a dtype that it does not have
             raise UnsupportedOperation(f"{self._context.who} {what}: {error}") from error
         except RuntimeError as error:
+            # Both hold Gloo's connections, and the error holds the frames: peers would wait for as long as somebody keeps it.
+            del pg, work
+            traceback.clear_frames(error.__traceback__)
             text = str(error).splitlines()[0]
             if any(word in text for word in ("Invalid scalar type", "Unsupported", "unsupported")):
                 raise UnsupportedOperation(f"{self._context.who} {what}: {text}") from error

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from commplane.api import Capability, Collective
 from commplane.bench.pair import fastest, fused, pairs
-from commplane.errors import CommplaneWarning, ConfigError
+from commplane.errors import CommplaneWarning, ConfigError, SelectionError
 
 if TYPE_CHECKING:
     import torch
 
     from commplane.runtime import Communicator, Plane
 
-__all__ = ["Case", "Step", "form", "make_cases"]
+__all__ = ["Case", "Step", "form", "make_cases", "own_group"]
 
 _IN_PLACE = (Collective.ALL_REDUCE, Collective.BROADCAST)
 
@@ -103,33 +103,73 @@ class Case:
     algorithm: str | None = None
 
 
-def form(plane: Plane, backends: Sequence[str] | None, purpose: str, device: str | None = None) -> dict[str, Communicator]:
-    """A communicator for each candidate, `torch` first. Collective over all ranks.
+def own_group(plane: Plane, groups: int) -> list[int]:
+    """The ranks of this one's group where all ranks make so many of equal size, each of consecutive ranks. Local.
+
+    Raises:
+        ConfigError: they do not, or one rank would be alone in its group. The same on every rank.
+    """
+    size, rest = divmod(plane.world_size, groups)
+    if rest or size < 2 <= groups:
+        raise ConfigError(f"bench: wanted {groups} groups of equal size, of 2 ranks or more, found {plane.world_size} ranks")
+    return [r for r in range(plane.world_size) if r // size == plane.rank // size]
+
+
+def form(
+    plane: Plane,
+    backends: Sequence[str] | None,
+    purpose: str,
+    device: str | None = None,
+    groups: int = 1,
+    left_out: Callable[[str], None] = lambda _text: None,
+) -> dict[str, Communicator]:
+    """A communicator for each candidate, `torch` first where it can serve. Collective over all ranks.
 
     Args:
         plane: over which ranks.
         backends: names; ``name:algorithm`` is a backend with its option ``algorithm`` set to that. None for all that are usable.
         purpose: what the communicators' names begin with.
         device: as for `Plane.communicator`.
+        groups: as for `own_group`; a candidate serves all groups or is none.
+        left_out: told on every rank alike why `torch` is not among them.
 
     Raises:
-        ConfigError: a backend asked for by name cannot serve these ranks, or has no such option.
+        ConfigError: a backend asked for by name cannot serve these ranks, or has no such option; as `own_group`; nothing is left.
     """
+    ranks = own_group(plane, groups)
     wanted = dict.fromkeys(["torch", *(plane.plugins.backends() if backends is None else backends)])
-    formed = {}
+    formed: dict[str, Communicator] = {}
+    refusals = {}
     for asked in wanted:
         name, _, algorithm = asked.partition(":")
         options = {name: {"algorithm": algorithm}} if algorithm else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CommplaneWarning)  # said below, as an error if it was asked for
-            comm = plane.communicator(f"{purpose}_{asked.replace(':', '_')}", device=device, backends=[name], options=options)
-        if comm.plan.backends[0] == name:
+        comm: Communicator | None = None
+        refusal = None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CommplaneWarning)  # said below, as an error if it was asked for
+                comm = plane.communicator(
+                    f"{purpose}_{asked.replace(':', '_')}", ranks, device=device, backends=[name], options=options
+                )
+        except SelectionError as error:  # not even torch serves, as NCCL does not for ranks that share a GPU
+            refusal = str(error)
+        else:
+            if comm.plan.backends[0] != name:
+                refusal = next((c.reason for c in comm.plan.candidates if c.name == name), "unknown")
+        refusal = next(filter(None, plane.gather(refusal, what="bench backends")), None)
+        if comm is not None and refusal is None:
             formed[asked] = comm
             continue
-        refusal = next((c.reason for c in comm.plan.candidates if c.name == name), "unknown")
-        comm.close()
-        if backends is not None:
+        if comm is not None:
+            comm.close()
+        if backends is not None and asked in backends:
             raise ConfigError(f"bench: backend {asked!r} cannot serve these ranks: {refusal}")
+        refusals[asked] = refusal
+        if asked == "torch":
+            left_out(f"torch: {refusal}")
+    if not formed:
+        reasons = "; ".join(f"{asked}: {reason}" for asked, reason in refusals.items())
+        raise ConfigError(f"bench: no backend serves these ranks: {reasons}")
     return formed
 
 

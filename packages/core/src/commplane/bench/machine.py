@@ -36,6 +36,7 @@ def describe(plane: Plane, communicators: Iterable[Communicator], arguments: Seq
     communicators = list(communicators)
     cpu = read_cpu(Path("/proc/cpuinfo").read_text())
     mine = plane.facts[plane.rank]
+    share = os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")  # of a rank that shares its GPU
     return {
         **cpu,
         "instruction_set": platform.machine(),
@@ -53,6 +54,8 @@ def describe(plane: Plane, communicators: Iterable[Communicator], arguments: Seq
         "backends": {
             c.name: dict(c.facts) for comm in communicators for c in comm.plan.candidates if c.name == comm.plan.backends[0]
         },
+        "settings": {key: value for key, value in plane.config.shared().items() if key in plane.config.sources},
+        "mps_share_percent": None if share is None else float(share),
         "ranks": plane.world_size,
         "hosts": len(plane.facts.hosts(list(plane.facts))),
         "load_before": round(os.getloadavg()[0], 2),

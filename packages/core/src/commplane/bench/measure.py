@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from commplane.api import Collective
 from commplane.bench.affinity import core_of
-from commplane.bench.cases import Case, Step, make_cases
+from commplane.bench.cases import Case, Step, make_cases, own_group
 from commplane.bench.graphs import Captured, capture
-from commplane.bench.timing import Runner, agree_on_calls, p99, take_turn
+from commplane.bench.timing import Runner, agree_on_calls, beginning, p99, take_turn
 from commplane.errors import CommplaneError, ConfigError, UnsupportedOperation
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Row:
         dtype: torch's name; None for a barrier.
         bytes: of this rank's input tensor.
         hidden: its last dimension for all_reduce_rms_norm, else None.
-        ranks: how many.
+        ranks: of a group.
+        groups: how many of them made their calls at once.
         device: ``cpu`` or ``cuda``.
         graph: measured in a replayed CUDA graph, as device time.
         median_us: over all counted calls.
@@ -72,6 +73,7 @@ class Row:
     vs_pair: float | None = None
     detail: str | None = None
     algorithm: str | None = None
+    groups: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with these names."""
@@ -93,7 +95,7 @@ def measure(
 
     Args:
         plane: over which ranks.
-        communicators: those to compare by backend, from `form`.
+        communicators: those to compare by backend, from `form`, on each rank of its group.
         todo: from `steps`.
         pin: ``on``, ``off`` or ``both``; see `pinnings` for None.
         rounds: counted rounds.
@@ -146,14 +148,21 @@ def steps(
     sizes: Sequence[int],
     hidden: int,
     out_of_place: bool = False,
+    groups: int = 1,
 ) -> list[Step]:
     """What to measure, in order; sizes that come to the same number of elements once. Local.
 
+    For `groups` see `own_group`.
+
     Raises:
-        ConfigError: a dtype that torch does not have, or that the collective does not take.
+        ConfigError: a dtype that torch does not have, or that the collective does not take; a collective that is not measured
+            here; ranks that do not make such groups.
     """
     import torch
 
+    ranks = len(own_group(plane, groups))
+    if Collective.ALL_REDUCE_RMS_NORM_QUANT in collectives:
+        raise ConfigError("bench: all_reduce_rms_norm_quant is measured by commplane tune --op FORMAT, leave it out here")
     unknown = [d for d in dtypes if not isinstance(getattr(torch, d, None), torch.dtype)]
     if unknown:
         raise ConfigError(f"bench: torch has no dtype {', '.join(unknown)}")
@@ -168,7 +177,7 @@ def steps(
             dtype=dtype,
             nbytes=nbytes,
             itemsize=kind.itemsize,
-            world_size=plane.world_size,
+            world_size=ranks,
             hidden=hidden,
             out_of_place=out_of_place,
         )
@@ -195,7 +204,10 @@ def _measure_one(
 ) -> list[Row]:
     core = core_of(plane.facts, plane.rank)
     entries = [(case, on) for case, _ in cases for on in ways]
-    runners = [Runner(c.communicator, c.call, core if on else None, graph) for c, graph in cases for on in ways]
+    begin = {case.communicator: beginning(plane, case.communicator) for case, _ in cases}
+    runners = [
+        Runner(c.communicator, c.call, core if on else None, graph, begin[c.communicator]) for c, graph in cases for on in ways
+    ]
     calls = agree_on_calls(plane, runners)
     times: list[list[float]] = [[] for _ in runners]
     for number in range(rounds + 1):
@@ -216,7 +228,8 @@ def _measure_one(
             dtype=step.dtype,
             bytes=step.nbytes,
             hidden=step.hidden,
-            ranks=plane.world_size,
+            ranks=case.communicator.world_size,
+            groups=plane.world_size // case.communicator.world_size,
             device=case.communicator.key.device,
             graph=runners[i].graph is not None,
             median_us=round(max(result[i][0] for result in everyone), 3),

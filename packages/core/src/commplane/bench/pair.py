@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from commplane.api import add_rms_norm
 from commplane.bench.graphs import Captured, capture
-from commplane.bench.timing import Runner, agree_on_calls, take_turn
+from commplane.bench.timing import Runner, agree_on_calls, beginning, take_turn
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +62,10 @@ def fastest(plane: Plane, comm: Communicator, ways: dict[str, Way], *, graph: bo
     ways = {name: way for name, way in ways.items() if not isinstance(captured[name], str)} or dict(list(ways.items())[:1])
     if len(ways) == 1:
         return next(iter(ways.items()))
+    begin = beginning(plane, comm)
     runners = [
-        Runner(comm, way, graph=made if isinstance(made := captured[name], Captured) else None) for name, way in ways.items()
+        Runner(comm, way, graph=made if isinstance(made := captured[name], Captured) else None, begin=begin)
+        for name, way in ways.items()
     ]
     calls = agree_on_calls(plane, runners)
     times = [statistics.median(take_turn(runner, n)) for runner, n in zip(runners, calls, strict=True)]

@@ -34,7 +34,8 @@ def _subject(row: Row) -> str:
     if row.collective == "all_reduce" and not row.in_place:
         parts[0] += " out of place"
     parts += [row.dtype] if row.dtype else []
-    return ", ".join([*parts, f"{row.ranks} ranks", f"{row.device} graph" if row.graph else row.device])
+    ranks = f"{row.ranks} ranks" if row.groups == 1 else f"{row.groups} groups of {row.ranks} ranks at once"
+    return ", ".join([*parts, ranks, f"{row.device} graph" if row.graph else row.device])
 
 
 def _times(ratio: float) -> str:
@@ -80,7 +81,8 @@ def _one_table(subject: str, rows: Sequence[Row]) -> str:
     left = max(len("bytes"), *map(len, stub))
     how = "" if len(ways) > 1 else f", {words[ways[0]] if ways[0] else 'not pinned'}"
     reference = ("its own pair" if fused else "torch") + (" at its better" if len(ways) > 1 else "")
-    out = [f"{subject}{how}: median us a call (times {reference})"]
+    against = f" (times {reference})" if fused or any(r.vs_torch for r in rows) else ""
+    out = [f"{subject}{how}: median us a call{against}"]
     heads = "".join(f"{label:>{sum(widths[label, on] for on in ways)}}" for label in labels)
     if len(ways) > 1:
         out.append(" " * left + heads)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from commplane.bench.graphs import Captured
     from commplane.runtime import Communicator, Plane
 
-__all__ = ["TURN_S", "Runner", "agree_on_calls", "p99", "take_turn"]
+__all__ = ["TURN_S", "Runner", "agree_on_calls", "beginning", "p99", "take_turn"]
 
 TURN_S = 0.02
 """Seconds that a turn should take."""
@@ -30,16 +30,18 @@ class Runner:
     """One that takes turns.
 
     Attributes:
-        communicator: its ranks begin a turn together.
+        communicator: whose call it is.
         call: what is timed.
         core: every thread of this process is on it for the turn; None leaves them alone.
         graph: calls of this kind in a graph, which is then what is timed.
+        begin: what brings together those who begin a turn together, from `beginning`; the communicator's barrier if unset.
     """
 
     communicator: Communicator
     call: Callable[[], object]
     core: int | None = None
     graph: Captured | None = None
+    begin: Callable[[], object] | None = None
 
     def whole(self, calls: int) -> int:
         """`calls`, rounded up to what whole replays make."""
@@ -50,6 +52,24 @@ class Runner:
         return nullcontext() if self.core is None else pinned(self.core)
 
 
+def beginning(plane: Plane, communicator: Communicator) -> Callable[[], object]:
+    """What all ranks of `plane` call to begin a turn of `communicator` together; groups side by side have one each. Local.
+
+    The barrier of the communicator, after one of the control plane where other groups have their turn too. A group without
+    anything that has a barrier has the latter alone: a turn's uncounted calls then bring the ranks closer.
+    """
+    has_barrier = communicator.plan.explain("barrier").chosen is not None
+    if has_barrier and communicator.world_size == plane.world_size:
+        return communicator.barrier
+
+    def meet() -> None:
+        plane.gather(None, what="bench turn")
+        if has_barrier:
+            communicator.barrier()
+
+    return meet
+
+
 def take_turn(runner: Runner, calls: int) -> list[float]:
     """`calls` timed calls, in microseconds a call, after a barrier and some uncounted ones. Collective.
 
@@ -58,7 +78,7 @@ def take_turn(runner: Runner, calls: int) -> list[float]:
     of each replay, divided by its calls.
     """
     with runner.place():
-        runner.communicator.barrier()
+        (runner.begin or runner.communicator.barrier)()
         if runner.graph is not None:
             replays = runner.whole(calls) // runner.graph.calls
             runner.graph.time(warm_up(replays))

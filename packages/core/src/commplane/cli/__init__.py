@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from commplane.cli import bench, doctor, launch, plugins, trace
+from commplane.cli import bench, doctor, launch, plugins, trace, tune
 from commplane.errors import CommplaneError
 
 __all__ = ["main"]
@@ -20,7 +20,7 @@ __all__ = ["main"]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="commplane", description="Communication backends that every rank of a group agrees on.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (doctor, plugins, bench, trace, launch):
+    for module in (doctor, plugins, bench, tune, trace, launch):
         module.add_commands(commands)
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -44,17 +45,23 @@ _SIZES = "64,1K,8K,64K,256K,1M,4M,16M"
 _OVERHEAD_SIZE = 64
 _STARTUP_RANKS = "8,64,512,1024"
 
+# The quantised norm is measured by `commplane tune`, which proves it first.
+_MEASURED = [c for c in Collective if c is not Collective.ALL_REDUCE_RMS_NORM_QUANT]
+
 
 def add_commands(commands: Any) -> None:
     """Define ``bench``."""
     parser = commands.add_parser("bench", help="latency of every usable backend, taking turns; table, JSON, plot")
     add_ranks_option(parser)
     parser.add_argument(
+        "--groups", type=positive, default=1, metavar="N", help="make N groups of equal size that work at once (default 1)"
+    )
+    parser.add_argument(
         "--collectives",
         type=_collectives,
         default=[Collective.ALL_REDUCE],
         metavar="LIST",
-        help=f"of {', '.join(Collective)} (default all_reduce)",
+        help=f"of {', '.join(_MEASURED)} (default all_reduce)",
     )
     parser.add_argument("--op", default="sum", choices=[str(op) for op in ReduceOp], help="reduction (default sum)")
     parser.add_argument("--out-of-place", action="store_true", help="all_reduce into a new tensor")
@@ -93,6 +100,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--startup-ranks", type=_counts, metavar="LIST", help=f"numbers of virtual ranks for --startup (default {_STARTUP_RANKS})"
     )
+    parser.add_argument(
+        "--c10d",
+        action="store_true",
+        help="dist.all_reduce through init_process_group('commplane'), beside the communicator's own call and Gloo or NCCL",
+    )
     parser.add_argument("--rounds", type=positive, default=7, help="counted rounds (default 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency against size (wants commplane[plot])")
@@ -128,9 +140,9 @@ def _names(text: str) -> list[str]:
 
 def _collectives(text: str) -> list[Collective]:
     words = _words(text, "collective")
-    unknown = [word for word in words if word not in Collective._value2member_map_]
+    unknown = [word for word in words if word not in _MEASURED]
     if unknown:
-        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(Collective)}, found {', '.join(unknown)}")
+        raise argparse.ArgumentTypeError(f"wanted some of {', '.join(_MEASURED)}, found {', '.join(unknown)}")
     return [Collective(word) for word in dict.fromkeys(words)]
 
 
@@ -143,8 +155,25 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError("bench: --startup-ranks is for --startup: add that, or use --ranks")
     if options.startup:
         _refuse_beside_startup(options)
+    elif options.c10d:
+        others = {
+            "--overhead": options.overhead,
+            "--groups": options.groups != 1,
+            "--plot": options.plot is not None,
+            "--collectives": options.collectives != [Collective.ALL_REDUCE],
+            "--op": options.op != "sum",
+            "--out-of-place": options.out_of_place,
+            "--graph": options.graph,
+            "--backends": options.backends is not None,
+        }
+        unfit = [name for name, given in others.items() if given]
+        if unfit:
+            raise ConfigError(
+                f"bench: --c10d measures all_reduce sum of the agreed plan as a table, found {', '.join(unfit)}: leave it out"
+            )
     elif options.overhead:
         others = {
+            "--groups": options.groups != 1,
             "--plot": options.plot is not None,
             "--collectives": options.collectives != [Collective.ALL_REDUCE],
             "--op": options.op != "sum",
@@ -164,6 +193,8 @@ def _refuse_beside_startup(options: argparse.Namespace) -> None:
     """What --startup cannot take notice of is an error."""
     others = {
         "--overhead": options.overhead,
+        "--c10d": options.c10d,
+        "--groups": options.groups != 1,
         "--collectives": options.collectives != [Collective.ALL_REDUCE],
         "--op": options.op != "sum",
         "--out-of-place": options.out_of_place,
@@ -180,7 +211,8 @@ def _refuse_beside_startup(options: argparse.Namespace) -> None:
 
 
 Progress = Callable[[str], None]
-Answer = tuple[dict[str, Any], Sequence[Row] | Sequence[OverheadRow] | Sequence[StartupRow], str]
+Rows = Sequence[Row] | Sequence[OverheadRow] | Sequence[StartupRow] | Sequence[Any]
+Answer = tuple[dict[str, Any], Rows, str]
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -190,9 +222,12 @@ def _bench(options: argparse.Namespace) -> int:
     code = in_ranks(options)
     if code is not None:
         return code
+    if options.c10d:
+        return _c10d(options)
     refused: CommplaneError | None = None
     with ExitStack() as planes:
-        plane = planes.enter_context(init())
+        # What is said of a backend is measured on it, also at sizes where the times that ship give the call to another.
+        plane = planes.enter_context(init(config={"tuning": "off"}))
 
         def progress(text: str) -> None:
             if plane.rank == 0:
@@ -210,6 +245,41 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _c10d(options: argparse.Namespace) -> int:
+    """Through torch.distributed. Collective over all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    import commplane.c10d
+    from commplane.bench.c10d import c10d_table, measure_c10d
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("commplane")
+    try:
+        reference = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
+        dist.all_reduce(torch.zeros(1, device=device))  # makes the communicator for the device
+        communicator = commplane.c10d.communicator_of(device=device)
+        plane = commplane.c10d.plane_of()
+        machine = describe(plane, [communicator], options.argv)
+        rows = measure_c10d(
+            plane,
+            communicator,
+            reference,
+            sizes=options.sizes or _sizes("64,1K,8K,64K,1M"),
+            dtypes=options.dtypes or ["float32"],
+            pin=pinnings(plane, [communicator], options.pin),
+            rounds=options.rounds,
+            progress=lambda text: _say(options, text) if plane.rank == 0 else None,
+        )
+        if plane.rank == 0:
+            _show(options, machine, rows, c10d_table(rows))
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
 def _say(options: argparse.Namespace, text: str) -> None:
     """Progress."""
     if not options.quiet:
@@ -219,7 +289,7 @@ def _say(options: argparse.Namespace, text: str) -> None:
 def _show(
     options: argparse.Namespace,
     machine: dict[str, Any],
-    rows: Sequence[Row] | Sequence[OverheadRow] | Sequence[StartupRow],
+    rows: Rows,
     text: str,
 ) -> None:
     """Print, and write the JSON if asked for."""
@@ -253,13 +323,14 @@ def _latency(options: argparse.Namespace, plane: Plane, _planes: ExitStack, prog
         sizes=options.sizes or _sizes(_SIZES),
         hidden=options.hidden,
         out_of_place=options.out_of_place,
+        groups=options.groups,
     )
-    formed = _formed(options, plane, "bench")
-    found = formed["torch"].key.device
+    without: list[str] = []
+    formed = _formed(options, plane, "bench", without.append)
+    found = _any(formed).key.device
     if options.graph and found != "cuda":
         raise ConfigError(f"bench: --graph replays CUDA graphs and wants a group on cuda, found {found}: add --device cuda")
     machine = describe(plane, formed.values(), options.argv)
-    without: list[str] = []
     rows = measure(
         plane,
         formed,
@@ -273,10 +344,12 @@ def _latency(options: argparse.Namespace, plane: Plane, _planes: ExitStack, prog
     if plane.rank == 0 and options.plot is not None and rows:
         plot(rows, options.plot)
     text = "\n".join([table(rows), *(f"left out: {line}" for line in without)])
-    return machine | ({"left_out": without} if options.graph else {}), rows, text
+    return machine | ({"left_out": without} if options.graph or without else {}), rows, text
 
 
-def _formed(options: argparse.Namespace, plane: Plane, purpose: str) -> dict[str, Communicator]:
+def _formed(
+    options: argparse.Namespace, plane: Plane, purpose: str, left_out: Callable[[str], None] = lambda _text: None
+) -> dict[str, Communicator]:
     """The candidates of a run, on the device asked for, which is made the current one: this process is the user. Collective."""
     import torch
 
@@ -284,10 +357,15 @@ def _formed(options: argparse.Namespace, plane: Plane, purpose: str) -> dict[str
         without = [r for r, there in enumerate(plane.gather(torch.cuda.is_available(), what="bench device")) if not there]
         if without:
             raise ConfigError(f"bench: --device cuda wants a GPU that torch sees on each rank, found none on ranks {without}")
-    formed = form(plane, options.backends, purpose, options.device)
-    if formed["torch"].key.device == "cuda":
-        torch.cuda.set_device(formed["torch"].device)
+    formed = form(plane, options.backends, purpose, options.device, options.groups, left_out)
+    if _any(formed).key.device == "cuda":
+        torch.cuda.set_device(_any(formed).device)
     return formed
+
+
+def _any(formed: dict[str, Communicator]) -> Communicator:
+    """One of them, for what they have in common."""
+    return next(iter(formed.values()))
 
 
 def _overhead(options: argparse.Namespace, plane: Plane, planes: ExitStack, progress: Progress) -> Answer:
@@ -302,7 +380,7 @@ def _overhead(options: argparse.Namespace, plane: Plane, planes: ExitStack, prog
     )
     both = {False: plane}
     if any(plane.gather(plane.config.flight_records, what="setting flight_records")):  # each rank may have its own
-        both = {True: plane, False: planes.enter_context(init(config={"flight_records": 0}))}
+        both = {True: plane, False: planes.enter_context(init(config={"flight_records": 0, "tuning": "off"}))}
     subjects = []
     for recorded, p in both.items():
         formed = _formed(options, p, "overhead")

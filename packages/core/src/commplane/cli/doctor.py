@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from commplane.api import Collective
+from commplane.api import Collective, QuantFormat, ReduceOp
 from commplane.cli.launch import add_ranks_option, in_ranks
 from commplane.cli.parse import DTYPE_ALIASES, parse_size
 from commplane.cli.plugins import plugin_report
@@ -30,7 +30,8 @@ def add_commands(commands: Any) -> None:
     explain.add_argument("collective", nargs="?", default="all_reduce", choices=[str(c) for c in Collective])
     explain.add_argument("--bytes", type=parse_size, default=8192, metavar="SIZE", help="such as 8192 or 8K (default 8192)")
     explain.add_argument("--dtype", default="float32", help="such as bfloat16 or bf16 (default float32)")
-    explain.add_argument("--op", default="sum", choices=["sum", "min", "max", "avg"], help="reduction (default sum)")
+    ops = [str(v) for v in (*ReduceOp, *QuantFormat)]
+    explain.add_argument("--op", choices=ops, help="reduction (default sum), or format of a quantised norm (default fp8_static)")
     explain.add_argument("--graph", action="store_true", help="for a call that is made while a graph is captured")
     add_ranks_option(explain)
     explain.add_argument("--json", action="store_true", help="print JSON")
@@ -102,6 +103,7 @@ def _gib(value: int | None) -> str:
 def _explain(options: argparse.Namespace, plane: Plane) -> Report:
     comm = plane.communicator("explain")
     dtype = DTYPE_ALIASES.get(options.dtype, options.dtype)
-    answer = comm.plan.explain(options.collective, nbytes=options.bytes, dtype=dtype, op=options.op, graph=options.graph)
+    op = options.op or str(Collective(options.collective).variants[0])
+    answer = comm.plan.explain(options.collective, nbytes=options.bytes, dtype=dtype, op=op, graph=options.graph)
     comm.close()
     return answer.to_json(), str(answer), 0 if answer.chosen else 3

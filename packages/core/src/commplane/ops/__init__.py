@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from commplane.api import QuantFormat, Quantization, Quantized
 from commplane.handles import HasHandle, handle_of
 from commplane.ops import gradients
 from commplane.ops.library import register
@@ -21,6 +22,7 @@ __all__ = [
     "all_reduce",
     "all_reduce_",
     "all_reduce_rms_norm",
+    "all_reduce_rms_norm_quant",
     "broadcast",
     "broadcast_",
     "copy_to_group",
@@ -34,6 +36,7 @@ _all_gather = torch.ops.commplane.all_gather.default
 _all_reduce = torch.ops.commplane.all_reduce.default
 _all_reduce_ = torch.ops.commplane.all_reduce_.default
 _all_reduce_rms_norm = torch.ops.commplane.all_reduce_rms_norm.default
+_all_reduce_rms_norm_quant = torch.ops.commplane.all_reduce_rms_norm_quant.default
 _broadcast = torch.ops.commplane.broadcast.default
 _broadcast_ = torch.ops.commplane.broadcast_.default
 _reduce_scatter = torch.ops.commplane.reduce_scatter.default
@@ -86,6 +89,26 @@ def all_reduce_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`Communicator.all_reduce_rms_norm`: the norm and the new residual. For inference: it has no gradient."""
     return _all_reduce_rms_norm(x, residual, weight, eps, weight_bias, handle_of(comm))  # type: ignore[no-any-return]
+
+
+def all_reduce_rms_norm_quant(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    comm: HasHandle | str,
+    how: Quantization,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+    *,
+    keep_norm: bool = False,
+) -> tuple[Quantized, torch.Tensor | None, torch.Tensor]:
+    """`Communicator.all_reduce_rms_norm_quant`. For inference: it has no gradient."""
+    values, scales, norm, total = _all_reduce_rms_norm_quant(
+        x, residual, weight, how.scale, str(how.format), how.group, eps, weight_bias, keep_norm, handle_of(comm)
+    )
+    if how.format is QuantFormat.FP8_STATIC:  # the operator cannot hand back what it was given
+        scales = how.scale
+    return Quantized(how.format, values, scales), norm if keep_norm else None, total
 
 
 def copy_to_group(x: torch.Tensor, comm: HasHandle | str) -> torch.Tensor:

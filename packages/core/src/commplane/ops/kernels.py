@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import torch
 
+from commplane.api import QuantFormat, Quantization
 from commplane.handles import LIVE
 
-__all__ = ["all_gather", "all_reduce", "all_reduce_", "all_reduce_rms_norm", "broadcast", "broadcast_", "reduce_scatter"]
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "all_reduce_",
+    "all_reduce_rms_norm",
+    "all_reduce_rms_norm_quant",
+    "broadcast",
+    "broadcast_",
+    "reduce_scatter",
+]
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,3 +63,25 @@ def all_reduce_rms_norm(
     """The norm and the new residual."""
     norm, total = LIVE[group]().all_reduce_rms_norm(x, residual, weight, eps, weight_bias)
     return _contiguous(norm), _contiguous(total)
+
+
+def all_reduce_rms_norm_quant(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    format: str,  # noqa: A002  the name in the schema
+    size: int,
+    eps: float,
+    weight_bias: float,
+    keep_norm: bool,
+    group: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The quantised norm and its scales, the norm (empty unless kept) and the new residual.
+
+    A result must not be an input: a given scale is not handed back, nothing stands in its place.
+    """
+    how = Quantization(QuantFormat(format), scale, size)
+    out, norm, total = LIVE[group]().all_reduce_rms_norm_quant(x, residual, weight, how, eps, weight_bias, keep_norm=keep_norm)
+    scales = x.new_empty(0, dtype=torch.float32) if out.scales is scale else out.scales
+    return _contiguous(out.values), scales, x.new_empty(0) if norm is None else _contiguous(norm), _contiguous(total)

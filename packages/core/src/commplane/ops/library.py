@@ -30,6 +30,10 @@ SCHEMAS = {
     "all_reduce_rms_norm": (
         "(Tensor x, Tensor residual, Tensor weight, float eps, float weight_bias, str group) -> (Tensor, Tensor)"
     ),
+    "all_reduce_rms_norm_quant": (
+        "(Tensor x, Tensor residual, Tensor weight, Tensor? scale, str format, int size, float eps, float weight_bias, "
+        "bool keep_norm, str group) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
 }
 """`op` is sum, min, max or avg; `src` a group rank; `group` the handle of a communicator."""
 
@@ -53,6 +57,7 @@ def _refuse(name: str) -> Kernel:
     instead = {
         "all_reduce_": "commplane.ops.all_reduce",
         "all_reduce_rms_norm": "commplane.ops.all_reduce and torch's rms_norm",
+        "all_reduce_rms_norm_quant": "commplane.ops.all_reduce and torch's rms_norm",
     }.get(name, "commplane.ops.all_gather")
 
     def refuse(*_args: object) -> Any:
@@ -91,7 +96,7 @@ def _autograd_kernel(name: str, kernel: Kernel) -> Kernel:
             differentiable()
         return functional(keys, x, residual, weight, *rest)
 
-    if name == "all_reduce_rms_norm":
+    if name.startswith("all_reduce_rms_norm"):
         return fused
     return in_place if name.endswith("_") else functional
 

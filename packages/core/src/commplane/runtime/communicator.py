@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from commplane.agree import StoreBootstrap, abort_backend, close_backend, on_device, on_device_if_possible
-from commplane.api import Capability, CommBackend, GroupKey, refuse_overlap
-from commplane.errors import AgreementError, CaptureError, CommplaneError, CommunicatorError, PeerError, UnsupportedOperation
+from commplane.agree import CaptureGuard, StoreBootstrap, abort_backend, close_backend, on_device, on_device_if_possible
+from commplane.api import Capability, CommBackend, GroupKey
+from commplane.errors import AgreementError, CaptureError, CommplaneError, CommunicatorError, PeerError
 from commplane.flight import GroupFlight
 from commplane.handles import register
 from commplane.notice import notice
 from commplane.plugins import PluginHost
-from commplane.runtime.capture import agree_on_capture
-from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable
+from commplane.runtime.capture import agree_on_capture, capture_all
+from commplane.runtime.dispatch import DeadTable, DispatchTable, RecordingTable, tables
 from commplane.runtime.joint import JointSteps
 from commplane.runtime.memory import GroupMemory
-from commplane.runtime.norm import fits, misfit
-from commplane.select import Plan
-from commplane.tracer import without_data
+from commplane.runtime.norm_calls import NormCalls
+from commplane.runtime.tune import Steps, Tuner, check_outcome, subject_of
+from commplane.select import Plan, Timings
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Communicator"]
 
 
-class Communicator:
+class Communicator(NormCalls):
     """Collectives over one group of ranks. Made by `Plane.communicator`.
 
     Every method but the properties is collective: each rank of the group calls it, in the same order, with the same shape,
@@ -77,15 +78,13 @@ class Communicator:
         self._flight = flight
         self._on_fault = on_fault
         self._on_close = on_close
-        bindable = flight.bindable()
-        self._live = DispatchTable(self.who, plan, bindable)
-        self._in_captures = self._live
-        if plan.captured is not None:
-            self._in_captures = DispatchTable(self.who, plan, bindable, capturing=True)
+        self._bindable = flight.bindable()
+        self._live, self._in_captures = tables(self.who, plan, self._bindable)
         self._table: dict[Any, Callable[..., Any]] = self._live
         self._fault: Exception | None = None
         self._closed = False
         self._capturing = False
+        self._tunings = 0
 
     @property
     def who(self) -> str:
@@ -105,147 +104,6 @@ class Communicator:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "poisoned" if self._fault else "+".join(self.plan.backends)
         return f"<Communicator {self.key}, rank {self.rank}: {state}>"
-
-    # Data plane.
-
-    def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Reduce in place over the ranks with sum, min, max or avg; returns `tensor`.
-
-        Raises:
-            UnsupportedOperation: no backend of the plan serves this dtype, op or size.
-            MismatchError: the ranks called with different arguments.
-            PeerError: a rank is missing at the deadline.
-        """
-        call = self._table["all_reduce_", op, tensor.dtype]
-        try:
-            return call(tensor)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """`all_reduce_` into a new tensor; the input is left as it was."""
-        call = self._table["all_reduce", op, tensor.dtype]
-        try:
-            return call(tensor)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors concatenated along dimension 0 in group order; shapes are equal on all ranks."""
-        self._at_least_one_dimension("all_gather", tensor)
-        call = self._table["all_gather", None, tensor.dtype]
-        try:
-            return call(tensor)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def reduce_scatter(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Part `rank` of the reduced tensor, cut evenly along dimension 0, which the world size must divide."""
-        self._at_least_one_dimension("reduce_scatter", tensor)
-        if tensor.shape[0] % self.world_size:
-            raise UnsupportedOperation(
-                f"{self.who} reduce_scatter wants a first dimension that {self.world_size} ranks divide, "
-                f"found shape {list(tensor.shape)}: pad it"
-            )
-        call = self._table["reduce_scatter", op, tensor.dtype]
-        try:
-            return call(tensor)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """Fill `tensor` in place from group rank `src`; returns `tensor`."""
-        if not 0 <= src < self.world_size:
-            raise UnsupportedOperation(f"{self.who} broadcast wants src as a group rank below {self.world_size}, found {src}")
-        call = self._table["broadcast", None, tensor.dtype]
-        try:
-            return call(tensor, src)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def barrier(self) -> None:
-        """Return when every rank has come here."""
-        call = self._table["barrier", None, None]
-        try:
-            call()
-        except Exception as error:
-            raise self._failed(error) from error.__cause__
-
-    def all_reduce_rms_norm(
-        self,
-        tensor: torch.Tensor,
-        residual: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float = 1e-6,
-        weight_bias: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum `tensor` over the ranks, add `residual`, normalise: what stands between two halves of a transformer layer.
-
-        Args:
-            tensor: this rank's partial sums, ``[..., hidden]``.
-            residual: same shape and dtype, equal on all ranks.
-            weight: ``[hidden]``, of the same dtype.
-            eps: added to the mean square; equal on all ranks, as is the next.
-            weight_bias: added to the weight; 1.0 is Gemma's.
-
-        Returns:
-            The norm and the new residual, both new tensors: the sum is rounded to the dtype, then the new residual; the norm
-            is computed in float32 from the rounded residual and rounded once (float64 stays float64).
-
-        Raises:
-            UnsupportedOperation: the arguments do not fit each other, or nothing serves this dtype and size.
-            MismatchError: the ranks called with different arguments.
-            PeerError: a rank is missing at the deadline.
-        """
-        if not fits(tensor, residual, weight, eps, weight_bias):
-            found = misfit(tensor, residual, weight, eps, weight_bias)
-            raise UnsupportedOperation(f"{self.who} all_reduce_rms_norm {found}")
-        call = self._table["all_reduce_rms_norm", None, tensor.dtype]
-        try:
-            return call(tensor, residual, weight, eps, weight_bias)  # type: ignore[no-any-return]
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-
-    def all_reduce_rms_norm_(
-        self,
-        tensor: torch.Tensor,
-        residual: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float = 1e-6,
-        weight_bias: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`all_reduce_rms_norm` in place: `tensor` becomes the norm and `residual` the new residual; returns both.
-
-        Nothing is allocated: above some hundred KiB that costs more than the operation, where the allocator gives memory back.
-        """
-        if not fits(tensor, residual, weight, eps, weight_bias):
-            found = misfit(tensor, residual, weight, eps, weight_bias)
-            raise UnsupportedOperation(f"{self.who} all_reduce_rms_norm_ {found}")
-        if not (tensor.is_contiguous() and residual.is_contiguous()):
-            refuse_overlap(tensor, self.who)
-            refuse_overlap(residual, self.who)
-        call = self._table["all_reduce_rms_norm_", None, tensor.dtype]
-        try:
-            call(tensor, residual, weight, eps, weight_bias)
-        except Exception as error:
-            raise self._failed(error, tensor) from error.__cause__
-        return tensor, residual
-
-    def _at_least_one_dimension(self, what: str, tensor: torch.Tensor) -> None:
-        if tensor.dim() == 0:
-            raise UnsupportedOperation(f"{self.who} {what} wants a tensor with a first dimension, found a scalar")
-
-    def _failed(self, error: Exception, tensor: torch.Tensor | None = None) -> Exception:
-        """What to raise for `error` of a collective: poisons, unless nothing was sent."""
-        if tensor is not None and str(tensor.layout) != "torch.strided":
-            return UnsupportedOperation(f"{self.who} wanted a dense tensor, found layout {tensor.layout}: use to_dense()")
-        if tensor is not None and without_data(tensor):
-            return UnsupportedOperation(
-                f"{self.who} wanted a tensor, found the {type(tensor).__name__} of a trace: use commplane.ops"
-            )
-        if not isinstance(error, UnsupportedOperation):
-            self.poison(error)
-        return error
 
     # Control plane.
 
@@ -267,6 +125,79 @@ class Communicator:
         finally:
             self._live.clear()  # backends are bound anew, to what they have now
             self._in_captures.clear()
+
+    def tune(
+        self,
+        collective: str = "all_reduce_rms_norm",
+        *,
+        dtype: torch.dtype | str = "bfloat16",
+        max_bytes: int = 1 << 25,
+        sizes: Sequence[int] | None = None,
+        hidden: int = 4096,
+        op: str | None = None,
+        graph: bool | None = None,
+        budget_s: float = 60.0,
+    ) -> None:
+        """Measure every way to run a call at each size, and from now on take the fastest. Collective, outside of a capture.
+
+        Each way is verified before it is timed; one that gives a wrong result does not run this call again, on any rank, nor what
+        is composed of it. One that all ranks fail in runs from that size on no more. Where memory ends, or nothing can be run,
+        sizes end, with a warning on the first rank. The plan is another one afterwards: `plan.timings` has what was measured,
+        equal on every rank. Times are those of one hidden size; another one may have others.
+
+        Args:
+            collective: ``all_reduce``, ``all_reduce_rms_norm`` or ``all_reduce_rms_norm_quant``.
+            dtype: of the tensor.
+            max_bytes: the largest tensor; measured are powers of two from 8 KiB.
+            sizes: the sizes instead, in bytes.
+            hidden: last dimension of the tensor of a norm.
+            op: the reduction, or the format; if unset, sum or fp8_static.
+            graph: whether to time CUDA graphs; if unset, on cuda.
+            budget_s: seconds after which no further size is begun.
+
+        Raises:
+            UnsupportedOperation: the call is none that can be tuned, or no backend serves it.
+            MismatchError: the ranks called with different arguments.
+            CaptureError: a capture is open.
+            CommunicatorError: a way failed on some ranks only, and the communicator is poisoned; or nothing could be measured,
+                or calls would be left with no way to run, and the plan stays.
+        """
+        self.check_usable("tune")
+        subject = subject_of(self.who, self.device, collective, dtype, max_bytes, sizes, hidden, op, graph)
+        self._joint.compare("tune", {**subject.to_json(), "budget_s": budget_s}, self.poison)
+        ways = self.plan.ways(subject.collective, subject.variant, subject.dtype, capturing=subject.graph and self.captures)
+        if not ways:
+            raise self.plan.unsupported(self.who, subject.collective, op, subject.dtype)
+        for part in sorted({subject.collective, *(r.part for routes in ways.values() for r in routes if r.part is not None)}):
+            self.prepare(part, dtype=subject.dtype, max_bytes=subject.sizes[-1])
+        self._tunings += 1
+        seconds = 2 * self._startup_timeout  # a step may hold a vote of its own, on a capture
+        tuner = Tuner(
+            subject,
+            ways,
+            self.device,
+            self.rank,
+            self.world_size,
+            Steps(self.who, self._bootstrap, self._tunings, self.device, seconds, self._left, lambda: self.check_usable("tune")),
+            lambda routes: DispatchTable(self.who, self.plan.only(routes), self._bindable),
+            lambda: capture_all(CaptureGuard(), [self]) if self.captures else nullcontext(),
+            self._bootstrap.clock.now,
+        )
+        curves = tuner.run(budget_s)
+        plan = self.plan.tuned((self.plan.timings or Timings()).merged(curves))
+        check_outcome(self.who, curves, tuner.stopped, plan, self.plan)
+        if tuner.stopped and self.rank == 0:
+            notice(f"{self.who} tune ended before the last size at {tuner.stopped}")
+        self._joint.compare("tune, the plan", {"digest": plan.digest}, self.poison)
+        self.plan = plan
+        self._memory.follow(plan)
+        self._live, self._in_captures = tables(self.who, plan, self._bindable)
+        self._table = self._live
+
+    def _left(self, error: Exception) -> None:
+        """The ranks are out of step in a tuning: a thread of it that was left to itself may be in a capture. Local."""
+        self.poison(error)
+        self._capture_interrupted()
 
     def empty(self, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory: reduced without a staging copy. Collective.

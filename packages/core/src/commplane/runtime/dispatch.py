@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from commplane.api import Collective, ReduceOp, add_rms_norm
+from commplane.api import Collective, QuantFormat, ReduceOp, add_rms_norm, quantize
 from commplane.errors import CommplaneError
 from commplane.flight import Bindable
 from commplane.select import Plan, Route
 
-__all__ = ["Call", "DeadTable", "DispatchTable", "RecordingTable"]
+__all__ = ["Call", "DeadTable", "DispatchTable", "RecordingTable", "tables"]
 
 Call = Callable[..., Any]
 Key = tuple[str, Any, Any]
@@ -78,9 +78,16 @@ def _compose_norm_in_place(all_reduce_: Call) -> Call:
     return all_reduce_rms_norm_
 
 
-def _one_of_each(routes: Iterable[Route]) -> Iterable[Route]:
-    """One route of each backend: what is bound is the same for all of them."""
-    return {r.backend: r for r in routes}.values()
+def _compose_quant(norm_call: Call) -> Call:
+    """`all_reduce_rms_norm_quant` from the norm of some backend, or a composed one, and torch for the rest."""
+
+    def all_reduce_rms_norm_quant(
+        tensor: Any, residual: Any, weight: Any, eps: float, weight_bias: float, how: Any, keep_norm: bool
+    ) -> Any:
+        norm, total = norm_call(tensor, residual, weight, eps, weight_bias)
+        return quantize(norm, how), norm if keep_norm else None, total
+
+    return all_reduce_rms_norm_quant
 
 
 class DispatchTable(dict[Key, Call]):
@@ -108,34 +115,46 @@ class DispatchTable(dict[Key, Call]):
         def refuse(nbytes: int | None = None) -> CommplaneError:
             return self._plan.unsupported(self._who, collective, op, dtype_name, nbytes, capturing=self._capturing)
 
-        if op is not None and op not in ReduceOp._value2member_map_:
+        if op is not None and op not in collective.variants:
             raise refuse()
-        reduction = None if op is None else ReduceOp(op)
-        routes = self._plan.find(collective, reduction, dtype_name, capturing=self._capturing)
-        bound = {r.backend: self._bind(r, dtype, in_place=in_place) for r in _one_of_each(routes)}
-        served = [(r, bound[r.backend]) for r in routes]
-        if collective is Collective.ALL_REDUCE_RMS_NORM:
-            composed = self._plan.composed(dtype_name, capturing=self._capturing)
-            compose = _compose_norm_in_place if in_place else _compose_norm
-            made = {r.backend: compose(self._bind(r, dtype, in_place=in_place)) for r in _one_of_each(composed)}
-            served.extend((r, made[r.backend]) for r in composed)
-            served.sort(key=lambda pair: pair[0].low)
-        if not served:
+        kind = QuantFormat if collective is Collective.ALL_REDUCE_RMS_NORM_QUANT else ReduceOp
+        variant = None if op is None else kind(op)
+        routes = self._plan.serving(collective, variant, dtype_name, capturing=self._capturing)
+        if not routes:
             raise refuse()
-        self[key] = call = _by_size([r for r, _ in served], [c for _, c in served], refuse)
+        # One of each: which algorithm of a backend runs is decided inside of its call.
+        made = {r.candidate: self._made(r, dtype, in_place=in_place) for r in {r.candidate: r for r in routes}.values()}
+        self[key] = call = _by_size(routes, [made[r.candidate] for r in routes], refuse)
+        return call
+
+    def _made(self, route: Route, dtype: Any, *, in_place: bool) -> Call:
+        """What a route calls: a backend, or around its part what torch does."""
+        call = self._bind(route.of_part(), dtype, in_place=in_place)
+        if route.part is Collective.ALL_REDUCE:
+            call = _compose_norm_in_place(call) if in_place else _compose_norm(call)
+        if route.part is not None and route.collective is Collective.ALL_REDUCE_RMS_NORM_QUANT:
+            call = _compose_quant(call)
         return call
 
     def _bind(self, route: Route, dtype: Any, *, in_place: bool) -> Call:
-        return self._backends[route.backend].bind(route.collective, route.op, dtype, in_place=in_place)
+        op = None if isinstance(route.op, QuantFormat) else route.op  # a format is an argument of the call
+        return self._backends[route.backend].bind(route.collective, op, dtype, in_place=in_place)
+
+
+def tables(who: str, plan: Plan, backends: Mapping[str, Bindable]) -> tuple[DispatchTable, DispatchTable]:
+    """The tables for calls outside of captures and inside, which are one where the plan knows no difference."""
+    live = DispatchTable(who, plan, backends)
+    return live, live if plan.captured is None else DispatchTable(who, plan, backends, capturing=True)
 
 
 def _beside_the_tensor(name: str, args: tuple[Any, ...]) -> str:
     """What has to be equal on all ranks beside the size of the tensor."""
     if name == Collective.BROADCAST:
         return f" src={args[1]}"
-    if name.rstrip("_") == Collective.ALL_REDUCE_RMS_NORM:
-        _, _, weight, eps, weight_bias = args
-        return f" hidden={weight.shape[0]} eps={float(eps)} weight_bias={float(weight_bias)}"
+    if name.startswith(Collective.ALL_REDUCE_RMS_NORM):
+        _, _, weight, eps, weight_bias, *quant = args
+        how = f" {quant[0].label} keep_norm={quant[1]}" if quant else ""
+        return f" hidden={weight.shape[0]} eps={float(eps)} weight_bias={float(weight_bias)}{how}"
     return ""
 
 

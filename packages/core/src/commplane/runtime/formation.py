@@ -12,9 +12,15 @@ from commplane.api import BackendSpec, BuildContext, CommBackend, Deadline, Fact
 from commplane.config import Config
 from commplane.errors import AgreementError, CommplaneWarning, SelectionError
 from commplane.plugins import PluginHost
+from commplane.runtime.follow import follow
+from commplane.runtime.inner import Formed, InnerMaker
+from commplane.runtime.tuning import Tuning
 from commplane.select import LAST_RESORT, Candidate, Draft, Offer, Plan, choose, disagreement, said
 
 __all__ = ["Formation"]
+
+# Of the time to open a backend, what one step of forming an inner group of it may take.
+_INNER_SHARE = 0.3
 
 
 class Formation:
@@ -30,6 +36,7 @@ class Formation:
             preference, empty for the order of priority; and ``options``, where `config` has been changed for this communicator.
         bootstrap: control plane of the communicator.
         who: how errors of this rank begin.
+        tuning: the file of timings that the setting names, if it names one.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class Formation:
         request: Mapping[str, Any],
         bootstrap: StoreBootstrap,
         who: str,
+        tuning: Tuning | None = None,
     ) -> None:
         self._plugins = plugins
         self._config = config
@@ -51,6 +59,7 @@ class Formation:
         self._request = dict(request)
         self._bootstrap = bootstrap
         self._who = who
+        self._tuning = tuning
 
     def run(self) -> tuple[Plan, dict[str, CommBackend], list[StoreBootstrap]]:
         """The plan, the open backends by name, and the control plane of each, in the order of the plan."""
@@ -96,7 +105,7 @@ class Formation:
             if n not in kept and n != LAST_RESORT
         ]
         last = [n for n in draft.order if n == LAST_RESORT]
-        return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts)
+        return Draft((*kept, *last), (*draft.refused, *dropped), draft.facts, given=True)
 
     def _build(self, draft: Draft) -> tuple[Plan, dict[str, CommBackend], list[StoreBootstrap]]:
         """Open what was chosen, each on all ranks or on none. Collective."""
@@ -108,6 +117,7 @@ class Formation:
         built: dict[str, CommBackend] = {}
         attempts: list[StoreBootstrap] = []
         offers: list[Offer] = []
+        served: list[BackendSpec] = []
         try:
             for name in draft.order:
                 entry = registered[name]
@@ -126,6 +136,9 @@ class Formation:
                     deadline=Deadline(seconds, self._bootstrap.clock.now),
                     timeout=self._config.run,
                     options=own_options(spec, self._config.options),
+                    inner=InnerMaker(
+                        self._key, self._device, self._key.ranks[self._bootstrap.rank], attempt, self._facts, self._form_inner
+                    ),
                 )
 
                 def make(spec: BackendSpec = spec, context: BuildContext = context) -> CommBackend:
@@ -139,10 +152,12 @@ class Formation:
                 if result.backend is not None:
                     built[name] = result.backend
                     attempts.append(attempt)
+                    served.append(result.spec)
                     offers.extend(result.offers)
-            specs = tuple(registered[n].spec for n in draft.order if n in built)
             refused = tuple(sorted(draft.refused, key=lambda c: c.name))
-            plan = Plan.of(self._key, (*outcomes, *refused), specs, self._config.numerics, offers)  # type: ignore[arg-type]
+            plan = Plan.of(self._key, (*outcomes, *refused), served, self._config.numerics, offers)
+            auto = self._config.tuning == "auto" and not draft.given  # an order that was given is kept
+            plan = follow(plan, self._tuning, self._facts, self._device, self._config.options, self._bootstrap, auto=auto)
             self._warn_of_refusals(plan)
             digests = self._bootstrap.gather(plan.digest, what="commit").groups
             text = disagreement("the plan", [(digest, [self._key.ranks[i] for i in at]) for digest, at in digests])
@@ -158,6 +173,15 @@ class Formation:
                 close_backend(name, backend, self._device)
             raise
         return plan, built, attempts
+
+    def _form_inner(self, key: GroupKey, bootstrap: StoreBootstrap, backends: Sequence[str]) -> Formed:
+        """Form a communicator of a part of the group, for a backend that is being opened. Collective over the part."""
+        # Whatever fails in there is to be known before the opening backend's own time is over.
+        startup = _INNER_SHARE * self._config.startup
+        config = replace(self._config, startup_timeout=startup, run_timeout=self._config.run, numerics="any")
+        who = f"[{key.purpose} rank {bootstrap.rank}/{len(key.ranks)}]"
+        request = {"backends": list(backends)}
+        return Formation(self._plugins, config, self._facts, key, self._device, request, bootstrap, who).run()
 
     def _difference(self, offers: Sequence[Offer]) -> str | None:
         """How the answers of the ranks' backends differ that were asked for sizes, or None. Collective, once the plans differ."""

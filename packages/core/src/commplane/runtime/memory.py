@@ -40,6 +40,21 @@ class GroupMemory:
         self._joint = joint
         self._workspaces: list[Workspace] = []
 
+    def follow(self, plan: Plan) -> None:
+        """Prepare for the routes of `plan` from now on. Local."""
+        self._plan = plan
+
+    def _with_parts(self, need: Requirement) -> list[Requirement]:
+        """`need`, and of what it is composed of at some size: a part then needs what it needs by itself. Local."""
+        largest: dict[Collective, int] = {}
+        for capturing in (False, True):
+            for op in need.collective.variants if need.collective.norms else ():
+                for r in self._plan.composed(need.collective, op, need.dtype, capturing=capturing):
+                    if r.low <= need.max_bytes:
+                        high = need.max_bytes if r.high is None else min(need.max_bytes, r.high - 1)
+                        largest[r.collective] = max(high, largest.get(r.collective, 0))
+        return [need, *(replace(need, collective=part, max_bytes=most) for part, most in largest.items())]
+
     def prepare(
         self,
         collective: str,
@@ -55,14 +70,7 @@ class GroupMemory:
         if need.max_bytes < 0:
             raise UnsupportedOperation(f"{self._who} prepare wants max_bytes of 0 or more, found {max_bytes}")
 
-        needs = [need]
-        if need.collective is Collective.ALL_REDUCE_RMS_NORM:
-            composed = [r for capturing in (False, True) for r in self._plan.composed(need.dtype, capturing=capturing)]
-            largest = [
-                need.max_bytes if r.high is None else min(need.max_bytes, r.high - 1) for r in composed if r.low <= need.max_bytes
-            ]
-            if largest:  # of an all-reduce, which then needs what an all-reduce needs
-                needs.append(replace(need, collective=Collective.ALL_REDUCE, max_bytes=max(largest)))
+        needs = self._with_parts(need)
 
         def undo(built: Iterable[Workspace]) -> None:
             for workspace in built:

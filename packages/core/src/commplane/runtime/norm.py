@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["fits", "misfit"]
+    from commplane.api import Quantization
+
+__all__ = ["fits", "misfit", "quantizes"]
 
 
 def fits(tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float) -> bool:
@@ -27,7 +29,18 @@ def fits(tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bi
     )
 
 
-def misfit(tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float) -> str:
+def quantizes(tensor: Tensor, how: Quantization) -> bool:
+    """Whether a tensor that fits can be quantised that way. Local."""
+    scale = how.scale
+    return how.misfit(tensor.shape[-1]) is None and (
+        scale is None
+        or (scale.numel() == 1 and scale.is_floating_point() and scale.itemsize == 4 and scale.device == tensor.device)
+    )
+
+
+def misfit(
+    tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float, how: Quantization | None = None
+) -> str:
     """Of arguments that do not fit, the first thing that is wrong: what was wanted, what was found, what to do."""
     if not tensor.shape:
         return "wants a tensor of [..., hidden], found a scalar: reshape it to one dimension"
@@ -43,4 +56,13 @@ def misfit(tensor: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_
                 return f"wants a {name} of {what} {of_tensor}, that of the tensor, found {found}: convert it"
     if not 0.0 <= eps < inf:
         return f"wants a finite eps of 0 or more, found {eps}: take the model's"
-    return f"wants a finite weight_bias, such as 0.0 or 1.0, found {weight_bias}: take the model's"
+    if how is None or not -inf < weight_bias < inf:
+        return f"wants a finite weight_bias, such as 0.0 or 1.0, found {weight_bias}: take the model's"
+    reason = how.misfit(hidden[0])
+    if reason is not None:
+        return reason
+    assert how.scale is not None
+    return (
+        f"wants a scale of one float32 on {tensor.device}, found {list(how.scale.shape)} of {how.scale.dtype} on "
+        f"{how.scale.device}: make it once, outside of the call"
+    )

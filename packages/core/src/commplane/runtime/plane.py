@@ -25,7 +25,7 @@ from commplane.agree import (
     exchange_facts,
     setback,
 )
-from commplane.api import CommBackend, GroupKey, SyncSpec
+from commplane.api import CommBackend, GroupKey, ParallelLayout, SyncSpec
 from commplane.config import Config
 from commplane.errors import (
     AgreementError,
@@ -43,6 +43,7 @@ from commplane.runtime.rendezvous import World, find_world
 from commplane.runtime.startup import compare, recorder
 from commplane.runtime.sync import SyncRound
 from commplane.runtime.traced import teach
+from commplane.runtime.tuning import named
 
 __all__ = ["Plane", "init"]
 
@@ -132,12 +133,13 @@ class Plane:
                 plugins.configure(config.with_options(plugins.options()))
             self.plugins, self.config = plugins, plugins.config
             self.plugins.require(n for n in self.config.backends)
+            self._tuning = named(self.config.tuning)
         except Exception as error:
             # A failure here is this rank's alone; the others are on their way to the first round and are told there.
             self._world.fail(setback(error).text)
             raise
         try:
-            job = compare(self._world, self.plugins, self.config)
+            job = compare(self._world, self.plugins, self.config, self._tuning)
         except PeerFailed as failed:
             raise AgreementError(f"{failed}; this rank has no such problem: make the installations equal") from failed
         self.facts = exchange_facts(self._world, self.config.host_alias)
@@ -243,6 +245,38 @@ class Plane:
         self.plugins.notify("commplane_plan_committed", communicator=out)
         return out
 
+    def groups(
+        self, layout: ParallelLayout, families: Sequence[str] | None = None, *, prefix: str = "", **options: Any
+    ) -> dict[str, Communicator]:
+        """The communicators of this rank's groups in a layout, by family. Collective over all ranks, which all ask for the same.
+
+        Each family has communicators of its own, named after it, also where two have the same ranks: what one keeps for its
+        calls is never mixed with another's. All are made in the layout's one order, so no rank waits in vain.
+
+        Args:
+            layout: the sizes; equal on all ranks.
+            families: of `ParallelLayout.families`, in any order. If unset, those whose groups have more than one rank.
+            prefix: put before the name of a family to name its communicator.
+            options: as for `communicator`.
+
+        Raises:
+            MismatchError: the ranks asked for different groups, shown in the text.
+            ConfigError: the layout is of another number of ranks, or has no such family.
+            CommplaneError: as `communicator` raises; what was made before is closed.
+        """
+        from commplane.runtime.families import form_families
+
+        self._open("groups")
+        return form_families(
+            layout,
+            self.rank,
+            self.world_size,
+            families,
+            prefix,
+            lambda wanted: self.gather(wanted, what="groups of a layout"),
+            lambda name, ranks: self.communicator(name, ranks, **options),
+        )
+
     def _meeting(self, key: GroupKey) -> tuple[int, StoreBootstrap]:
         """The how many-th communicator with this key is formed, and the control plane that its ranks meet on. Local."""
         self._instances[str(key)] += 1
@@ -280,7 +314,7 @@ class Plane:
                 raise ConfigError(f"{who} timeout: wanted seconds above 0, found {timeout!r}")
             request["timeout"] = timeout
             config = replace(config, run_timeout=timeout)
-        return Formation(self.plugins, config, self.facts, key, device, request, bootstrap, who)
+        return Formation(self.plugins, config, self.facts, key, device, request, bootstrap, who, self._tuning)
 
     def agree(self, name: str) -> tuple[str, ...]:
         """What a communicator of that name over all ranks would be built of, in order, without building it. Collective.

@@ -8,12 +8,13 @@ from commplane.config import Config
 from commplane.errors import AgreementError
 from commplane.flight import FlightRecorder, Folder, new_job
 from commplane.plugins import PluginHost, core_version
+from commplane.runtime.tuning import Tuning
 from commplane.select import difference
 
 __all__ = ["compare", "recorder"]
 
 
-def compare(world: StoreBootstrap, plugins: PluginHost, config: Config) -> str:
+def compare(world: StoreBootstrap, plugins: PluginHost, config: Config, tuning: Tuning | None = None) -> str:
     """Plugin versions and settings must be equal: a rank with another set would decide otherwise. Collective over the plane.
 
     Returns:
@@ -21,7 +22,7 @@ def compare(world: StoreBootstrap, plugins: PluginHost, config: Config) -> str:
     """
     mine = {
         "plugins": {name: f"{dist} {version}" for name, dist, version in plugins.fingerprint()},
-        "config": {"world_size": world.world_size, **config.shared()},
+        "config": {"world_size": world.world_size, "tuning": tuning.digest if tuning else config.tuning, **config.shared()},
         "job": new_job() if world.rank == 0 else None,
     }
     everyone = world.gather(mine, what="comparison of plugins and settings")

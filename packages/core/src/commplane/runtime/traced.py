@@ -13,6 +13,8 @@ from commplane.tracer import keep_out, trace_instead
 if TYPE_CHECKING:
     import torch
 
+    from commplane.api import Quantization, Quantized
+
 __all__ = ["teach"]
 
 # The operators are imported when the first graph is traced. `detach`: methods are outside of autograd, also in a graph (S11).
@@ -69,6 +71,25 @@ def all_reduce_rms_norm(
     return ops.all_reduce_rms_norm(tensor.detach(), residual.detach(), weight.detach(), self.handle, eps, weight_bias)
 
 
+def all_reduce_rms_norm_quant(
+    self: Communicator,
+    tensor: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    how: Quantization,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+    *,
+    keep_norm: bool = False,
+) -> tuple[Quantized, torch.Tensor | None, torch.Tensor]:
+    """Out of place."""
+    from commplane import ops
+
+    return ops.all_reduce_rms_norm_quant(
+        tensor.detach(), residual.detach(), weight.detach(), self.handle, how, eps, weight_bias, keep_norm=keep_norm
+    )
+
+
 def _outside(name: str) -> Callable[..., Any]:
     def method(self: Communicator, *_args: object, **_kwargs: object) -> Any:
         raise UnsupportedOperation(
@@ -82,7 +103,7 @@ def _outside(name: str) -> Callable[..., Any]:
 def teach() -> None:
     """Tell torch's tracer of the methods. Once, when the first communicator is made: torch is loaded by then."""
     outside = {name: _outside(name) for name in ("barrier", "prepare", "empty", "compare", "close")}
-    inside = (all_reduce_, all_reduce, all_gather, reduce_scatter, broadcast, all_reduce_rms_norm)
+    inside = (all_reduce_, all_reduce, all_gather, reduce_scatter, broadcast, all_reduce_rms_norm, all_reduce_rms_norm_quant)
     for name, traced in (outside | {f.__name__: f for f in inside}).items():
         method = getattr(Communicator, name)
         trace_instead(method, traced)

@@ -7,16 +7,19 @@ from commplane.select.choose import LAST_RESORT, Draft, choose, difference, disa
 from commplane.select.offers import Offer, ask, said
 from commplane.select.plan import Candidate, Explanation, Plan
 from commplane.select.routes import Route, compile_routes
+from commplane.select.timings import Curve, Timings
 
 __all__ = [
     "LAST_RESORT",
     "Candidate",
+    "Curve",
     "Draft",
     "Explanation",
     "Gathered",
     "Offer",
     "Plan",
     "Route",
+    "Timings",
     "alike",
     "ask",
     "choose",

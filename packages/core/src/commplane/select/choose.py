@@ -18,11 +18,19 @@ LAST_RESORT = "torch"
 
 @dataclass(frozen=True)
 class Draft:
-    """Backends to build, in order, and those left out before any was built."""
+    """Backends to build, in order, and those left out before any was built.
+
+    Attributes:
+        order: names.
+        refused: those left out.
+        facts: what the probes found, by name of the backend.
+        given: whether somebody has given the order, the caller, a setting or a plugin; else it is that of priority.
+    """
 
     order: tuple[str, ...]
     refused: tuple[Candidate, ...]
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    given: bool = False
 
 
 def static_refusal(spec: BackendSpec, key: GroupKey) -> str | None:
@@ -109,7 +117,7 @@ def choose(key: GroupKey, submissions: Sequence[Mapping[str, Any]]) -> Draft:
     if LAST_RESORT in usable:
         order.append(LAST_RESORT)
     facts = {n: _merge_facts([(s["backends"][n].get("facts", {}), ranks) for s, ranks in said], key.ranks) for n in order}
-    return Draft(tuple(order), tuple(refused), facts)
+    return Draft(tuple(order), tuple(refused), facts, bool(submissions[0]["request"]["backends"]))
 
 
 # What holds for several ranks: a value, and the global ranks that have it.

@@ -9,10 +9,22 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from commplane.api import BackendSpec, Capability, Collective, GroupKey, ReduceOp, SizeRange
+from commplane.api import BackendSpec, Capability, Collective, GroupKey, QuantFormat, ReduceOp, SizeRange, Variant
 from commplane.errors import UnsupportedOperation
 from commplane.select.offers import ANY_DTYPE, Offer, of_graphs
-from commplane.select.routes import Route, compile_routes, has_mean, has_norm, in_class, joined, take
+from commplane.select.routes import (
+    Route,
+    candidates,
+    compile_routes,
+    has_mean,
+    has_norm,
+    in_class,
+    joined,
+    ruled_out,
+    serves,
+    take,
+)
+from commplane.select.timings import Curve, Timings
 
 __all__ = ["Candidate", "Explanation", "Plan"]
 
@@ -54,6 +66,10 @@ class Explanation:
     algorithm: str = ""
     low: int = 0
     high: int | None = None
+    microseconds: float | None = None
+    """What `chosen` takes where that was measured."""
+    measured: str = ""
+    """How that was: the hidden size, and where the times are from."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -64,10 +80,13 @@ class Explanation:
             "algorithm": self.algorithm or None,
             "bytes": bytes_,
             "others": dict(self.others),
+            **({} if self.microseconds is None else {"microseconds": round(self.microseconds, 2), "measured": self.measured}),
         }
 
     def __str__(self) -> str:
         how = f" {self.algorithm}, {self.low} <= bytes < {self.high or 'inf'}" if self.algorithm else ""
+        how += f", {self.microseconds:.1f} us" if self.microseconds is not None else ""
+        how += f" ({self.measured})" if self.measured else ""
         lines = [f"{self.question}: {self.chosen or 'nothing in the plan serves this'}{how}"]
         lines.extend(f"  not {name}: {reason}" for name, reason in self.others)
         return "\n".join(lines)
@@ -85,6 +104,7 @@ class Plan:
         numerics: the class that the setting admits.
         captured: the routes of calls that are made while a capture is open; None where they are the same.
         offers: what the backends answered when they were asked for their sizes.
+        timings: what candidates took where they were measured, which routes then follow; None without.
     """
 
     key: GroupKey
@@ -94,6 +114,7 @@ class Plan:
     numerics: str = "any"
     captured: tuple[Route, ...] | None = None
     offers: tuple[Offer, ...] = ()
+    timings: Timings | None = None
 
     @classmethod
     def of(
@@ -103,15 +124,44 @@ class Plan:
         specs: Sequence[BackendSpec],
         numerics: str = "any",
         offers: Sequence[Offer] = (),
+        timings: Timings | None = None,
     ) -> Plan:
         """The plan of backends that were built. Pure."""
-        routes = compile_routes(specs, numerics, offers)
+        routes = compile_routes(specs, numerics, offers, timings=timings)
         captured = None
         # A capture passes a group by in which nothing captures: its calls go the ordinary way.
-        if of_graphs(offers) and any(Capability.CAPTURE in s.capabilities for s in specs):
-            captured = compile_routes(specs, numerics, offers, capturing=True)
+        if (of_graphs(offers) or timings is not None) and any(Capability.CAPTURE in s.capabilities for s in specs):
+            captured = compile_routes(specs, numerics, offers, capturing=True, timings=timings)
         captured = None if captured == routes else captured
-        return cls(key, tuple(candidates), routes, tuple(specs), numerics, captured, tuple(offers))
+        return cls(key, tuple(candidates), routes, tuple(specs), numerics, captured, tuple(offers), timings)
+
+    def tuned(self, timings: Timings | None) -> Plan:
+        """The same backends, with routes that follow `timings`. Pure."""
+        return Plan.of(self.key, self.candidates, self.specs, self.numerics, self.offers, timings)
+
+    def ways(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> dict[str, list[Route]]:
+        """Every way to run a call by its label in `Timings`, in the order of preference, with the sizes that it covers."""
+        out: dict[str, list[Route]] = {}
+        for r in candidates(self.specs, collective, op, dtype, self.numerics, self.offers, capturing=capturing):
+            out.setdefault(r.candidate, []).append(r)
+        return {label: joined(sorted(routes, key=lambda r: r.low)) for label, routes in out.items()}
+
+    def lacks(self, other: Plan) -> str | None:
+        """A call and sizes that `other`, of the same backends, runs and this plan does not; None if there are none."""
+        for capturing in (False, True):
+            for r in other._routes(capturing):
+                free = [(r.low, r.high)]
+                for mine in self.serving(r.collective, r.op, r.dtype, capturing=capturing):
+                    free = take(free, mine.low, mine.high)[1]
+                for low, high in free:
+                    dtype = "any other dtype" if r.dtype == ANY_DTYPE else r.dtype
+                    size = f"{low} <= bytes{'' if high is None else f' < {high}'}"
+                    return f"{r.collective}{'' if r.op is None else f' {r.op}'} of {dtype}, {size}"
+        return None
+
+    def only(self, routes: Sequence[Route]) -> Plan:
+        """These backends with these routes alone, to try one way out. Pure."""
+        return replace(self, routes=tuple(routes), captured=None)
 
     @cached_property
     def _ranges(self) -> dict[tuple[str, Collective, str, bool], tuple[SizeRange, ...]]:
@@ -128,33 +178,25 @@ class Plan:
         everything = [self.to_json(), [s.to_json() for s in self.specs], self.numerics, [o.to_json() for o in self.offers]]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
-    def find(self, collective: Collective, op: ReduceOp | None, dtype: str, *, capturing: bool = False) -> list[Route]:
-        """The routes of one (collective, op, dtype), by size."""
-        if collective is Collective.ALL_REDUCE_RMS_NORM and not has_norm(dtype):
+    def serving(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> list[Route]:
+        """The routes of one (collective, op, dtype), by size; those with a `part` are composed."""
+        if collective.norms and not has_norm(dtype):
             return []
         wanted = (collective, op)
         routes = self._routes(capturing)
         exact = [r for r in routes if (r.collective, r.op) == wanted and r.dtype == dtype]
         return exact or [r for r in routes if (r.collective, r.op) == wanted and r.dtype == ANY_DTYPE]
 
+    def find(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> list[Route]:
+        """Those of `serving` where a backend has all of it."""
+        return [r for r in self.serving(collective, op, dtype, capturing=capturing) if r.part is None]
+
     def _routes(self, capturing: bool) -> tuple[Route, ...]:
         return self.captured if capturing and self.captured is not None else self.routes
 
-    def composed(self, dtype: str, *, capturing: bool = False) -> list[Route]:
-        """The sizes of `all_reduce_rms_norm` that no backend has whole and some backend can all-reduce.
-
-        Each as the route of that all-reduce; torch does the rest there.
-        """
-        if not has_norm(dtype):
-            return []
-        free: list[tuple[int, int | None]] = [(0, None)]
-        for r in self.find(Collective.ALL_REDUCE_RMS_NORM, None, dtype, capturing=capturing):
-            free = take(free, r.low, r.high)[1]
-        routes: list[Route] = []
-        for r in self.find(Collective.ALL_REDUCE, ReduceOp.SUM, dtype, capturing=capturing):
-            taken, free = take(free, r.low, r.high)
-            routes.extend(replace(r, low=low, high=high, algorithm="") for low, high in taken)
-        return joined(sorted(routes, key=lambda r: r.low))
+    def composed(self, collective: Collective, op: Variant | None, dtype: str, *, capturing: bool = False) -> list[Route]:
+        """Those of `serving` where a backend has a part of it, each as the route of that part; torch does the rest there."""
+        return [r.of_part() for r in self.serving(collective, op, dtype, capturing=capturing) if r.part is not None]
 
     def explain(
         self,
@@ -167,37 +209,73 @@ class Plan:
     ) -> Explanation:
         """What runs for a message of `nbytes`, and why each other backend does not. Local, equal on every rank.
 
-        `graph` asks for a call that is made while a capture is open.
+        `op` is a reduction, or of all_reduce_rms_norm_quant the format; other collectives do not look at it. `graph` asks for a
+        call that is made while a capture is open.
         """
-        if collective not in Collective._value2member_map_ or op not in ReduceOp._value2member_map_:
-            raise UnsupportedOperation(
-                f"explain wants one of {', '.join(Collective)} with op {', '.join(ReduceOp)}, found {collective!r} with {op!r}"
-            )
+        if collective not in Collective._value2member_map_:
+            raise UnsupportedOperation(f"explain wants one of {', '.join(Collective)}, found {collective!r}")
         kind = Collective(collective)
         name = str(dtype).removeprefix("torch.")
-        reduction = ReduceOp(op) if kind.reduces else None
-        route = _serving(self.find(kind, reduction, name, capturing=graph), nbytes)
-        chosen = None if route is None else route.backend
-        composed = None
-        if route is None and kind is Collective.ALL_REDUCE_RMS_NORM:
-            composed = _serving(self.composed(name, capturing=graph), nbytes)
+        reduction = _variant(kind, op)
+        if reduction is None and kind.variants != (None,):
+            raise UnsupportedOperation(f"explain {kind} wants one of {', '.join(map(str, kind.variants))}, found {op!r}")
+        route = _serving(self.serving(kind, reduction, name, capturing=graph), nbytes)
+        curves = self._curves(kind, reduction, name, graph)
         specs = {s.name: s for s in self.specs}
         others = []
+        shown = set()
+        timings = self.timings or Timings()
+        for label, ways in self.ways(kind, reduction, name, capturing=graph).items() if timings.curves else ():
+            failed = ruled_out(ways[0], timings, capturing=graph and self.captured is not None)
+            if (label in curves or failed is not None) and (route is None or label != route.candidate):
+                shown.add(label)
+                others.append((_named(ways[0]), self._slower(ways, failed, route, curves, nbytes)))
         for c in self.candidates:
-            if c.name == chosen:
+            if (route is not None and route.part is None and c.name == route.backend) or c.name in shown:
                 continue
             if not c.ready:
                 reason = f"{c.state}: {c.reason}"
-            elif chosen or composed:
-                reason = self._why_not(specs[c.name], kind, reduction, name, nbytes, graph) or f"{chosen} comes before it"
+            elif route is not None:
+                before = f"{'was not measured, and ' if curves else ''}{route.how} comes before it"
+                reason = self._why_not(specs[c.name], kind, reduction, name, nbytes, graph) or before
             else:
                 reason = self._why_not_at_all(specs[c.name], kind, reduction, name, nbytes, graph)
             others.append((c.name, reason))
         parts = [str(reduction)] if reduction else []
         what = f"{kind}({', '.join([*parts, name, f'{nbytes} bytes'])}){' in a graph' if graph else ''} in {self.key}"
-        if route is not None:
-            return Explanation(what, chosen, tuple(others), route.algorithm, route.low, route.high)
-        return Explanation(what, None if composed is None else _composed_of(composed.backend), tuple(others))
+        if route is None:
+            return Explanation(what, None, tuple(others))
+        curve = curves.get(route.candidate)
+        us, measured = (curve.at(nbytes), curve.measured) if curve is not None and curve.points else (None, "")
+        if route.part is None:
+            return Explanation(what, route.backend, tuple(others), route.algorithm, route.low, route.high, us, measured)
+        return Explanation(what, route.how, tuple(others), microseconds=us, measured=measured)
+
+    def _curves(self, collective: Collective, op: Variant | None, dtype: str, graph: bool) -> Mapping[str, Curve]:
+        if self.timings is None:
+            return {}
+        return self.timings.of(collective, op, dtype, graph=graph and self.captured is not None)
+
+    def _slower(
+        self, ways: Sequence[Route], failed: Curve | None, chosen: Route | None, curves: Mapping[str, Curve], nbytes: int
+    ) -> str:
+        """Why a way to run a call that was measured, or failed, is not the chosen one."""
+        if failed is not None and nbytes >= failed.failed_from:
+            what = "" if failed.collective == ways[0].collective else f" as {failed.collective}"
+            return f"failed{what} when it was tuned: {failed.failed}"
+        if _serving(ways, nbytes) is None:
+            return f"does not serve {nbytes} bytes"
+        curve = curves.get(ways[0].candidate)
+        if curve is None or not curve.points:
+            return f"was not measured at {nbytes} bytes"
+        mine = f"{curve.at(nbytes):.1f} us at {nbytes} bytes"
+        best = None if chosen is None else curves.get(chosen.candidate)
+        if chosen is None:
+            return mine
+        if best is None or not best.points:
+            return f"{mine}, {chosen.how} comes before it and was not measured"
+        what = chosen.backend if chosen.part is None else f"the pair of {chosen.backend} and torch"
+        return f"{mine}, {what} takes {best.at(nbytes):.1f}"
 
     def unsupported(
         self,
@@ -211,9 +289,9 @@ class Plan:
     ) -> UnsupportedOperation:
         """The error for a call that no route serves, with the reason of each backend."""
         specs = {s.name: s for s in self.specs}
-        reduction = ReduceOp(op) if op in ReduceOp._value2member_map_ else None
+        reduction = _variant(collective, op)
         if op is not None and reduction is None:
-            return UnsupportedOperation(f"{who} {collective}: wanted op {', '.join(map(str, ReduceOp))}, found {op!r}")
+            return UnsupportedOperation(f"{who} {collective}: wanted op {', '.join(map(str, collective.variants))}, found {op!r}")
         call = (collective, reduction, dtype, nbytes or 0, capturing)
         reasons = [f"{n}: {self._why_not_at_all(specs[n], *call)}" for n in self.backends]
         size = "" if nbytes is None else f"{nbytes} bytes of "
@@ -225,30 +303,25 @@ class Plan:
     def _describe(self, collective: Collective, *, capturing: bool = False) -> list[str]:
         """One line for each backend, algorithm and range of sizes: what of `collective` runs there."""
         served: dict[tuple[str, int, int | None], tuple[set[str], set[str]]] = {}
-        routes = self._routes(capturing)
+        routes = [r for r in self._routes(capturing) if r.collective is collective]
         for r in routes:
-            if r.collective is collective:
-                ops, dtypes = served.setdefault((r.label, r.low, r.high), (set(), set()))
-                ops.add(str(r.op))
-                dtypes.add(r.dtype)
-        if collective is Collective.ALL_REDUCE_RMS_NORM:
-            for dtype in sorted({r.dtype for r in routes}):
-                for r in self.composed(dtype, capturing=capturing):
-                    served.setdefault((_composed_of(r.backend), r.low, r.high), (set(), set()))[1].add(dtype)
+            ops, dtypes = served.setdefault((r.label if r.part is None else r.how, r.low, r.high), (set(), set()))
+            ops.add(str(r.op))
+            dtypes.add(r.dtype)
         lines = []
         name = f"{collective} (graph)" if capturing else str(collective)
         for (label, low, high), (ops, dtypes) in sorted(served.items(), key=lambda item: item[0][1]):
             size = "" if (low, high) == (0, None) else f", {low} <= bytes < {high or 'inf'}"
-            some = f" {', '.join(sorted(ops))}" if collective.reduces and len(ops) < len(ReduceOp) else ""
+            some = f" {', '.join(sorted(ops))}" if len(ops) < len(collective.variants) else ""
             what = "" if collective is Collective.BARRIER else f" {', '.join(sorted(dtypes))}"
-            lines.append(f"{name:<20}{label:<11}{some}{what}{size}".rstrip())
+            lines.append(f"{name:<20}{' ' * (len(name) >= 20)}{label:<11}{some}{what}{size}".rstrip())
         return lines
 
     def _why_not(
-        self, spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int, capturing: bool
+        self, spec: BackendSpec, collective: Collective, op: Variant | None, dtype: str, nbytes: int, capturing: bool
     ) -> str:
         """The declared limit of `spec` that a call is outside of, or an empty string."""
-        if collective is Collective.ALL_REDUCE_RMS_NORM and not has_norm(dtype):
+        if collective.norms and not has_norm(dtype):
             return f"{collective} wants a floating-point dtype, found {dtype}"
         if collective not in spec.collectives():
             return f"does not declare {collective}"
@@ -256,8 +329,9 @@ class Plan:
             return "does not add in rank order, which the setting numerics=rank_order demands"
         if op is ReduceOp.AVG and not has_mean(dtype):
             return f"op avg wants a floating-point dtype, found {dtype}: use sum and divide"
-        if op is not None and op not in spec.ops:
-            return f"serves op {', '.join(sorted(map(str, spec.ops)))}, not {op}"
+        if not serves(spec, op):
+            of = spec.formats if isinstance(op, QuantFormat) else spec.ops
+            return f"serves {'format' if of is spec.formats else 'op'} {', '.join(sorted(map(str, of)))}, not {op}"
         if spec.dtypes and collective is not Collective.BARRIER and dtype not in spec.dtypes:
             return f"serves {', '.join(sorted(spec.dtypes))}, not {dtype}"
         if nbytes < spec.min_bytes:
@@ -271,11 +345,11 @@ class Plan:
         return ""
 
     def _why_not_at_all(
-        self, spec: BackendSpec, collective: Collective, op: ReduceOp | None, dtype: str, nbytes: int, capturing: bool
+        self, spec: BackendSpec, collective: Collective, op: Variant | None, dtype: str, nbytes: int, capturing: bool
     ) -> str:
         """`_why_not`, and why the collective cannot be composed of what `spec` has either."""
         reason = self._why_not(spec, collective, op, dtype, nbytes, capturing)
-        if collective is Collective.ALL_REDUCE_RMS_NORM and has_norm(dtype):
+        if collective.norms and has_norm(dtype):
             part = self._why_not(spec, Collective.ALL_REDUCE, ReduceOp.SUM, dtype, nbytes, capturing)
             reason += f", nor can it be composed: {part}"
         return reason
@@ -290,6 +364,7 @@ class Plan:
             ],
             "routes": [r.to_json() for r in self.routes],
             "captured": None if self.captured is None else [r.to_json() for r in self.captured],
+            "timings": None if self.timings is None else self.timings.to_json(),
         }
 
     def __str__(self) -> str:
@@ -305,14 +380,18 @@ class Plan:
         return "\n".join(lines)
 
     def _of(self, collective: Collective, *, capturing: bool) -> list[Route]:
-        """What decides about `collective`: its routes, and those that it may be composed of."""
-        parts = {collective, Collective.ALL_REDUCE} if collective is Collective.ALL_REDUCE_RMS_NORM else {collective}
-        return [r for r in self._routes(capturing) if r.collective in parts]
+        return [r for r in self._routes(capturing) if r.collective is collective]
 
 
 def _serving(routes: Sequence[Route], nbytes: int) -> Route | None:
     return next((r for r in routes if r.serves(nbytes)), None)
 
 
-def _composed_of(backend: str) -> str:
-    return f"composed of all_reduce by {backend} and torch"
+def _named(way: Route) -> str:
+    """How an explanation calls a way that is not taken."""
+    return way.how if way.part is not None or not way.collective.norms else f"{way.backend} (fused)"
+
+
+def _variant(collective: Collective, name: str | None) -> Variant | None:
+    """What `name` is among the variants of `collective`; None where it has none, or not this one."""
+    return next((v for v in collective.variants if v is not None and v == name), None)

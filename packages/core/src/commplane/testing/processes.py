@@ -51,7 +51,8 @@ def run_processes(
 
     Args:
         world_size: number of ranks.
-        function: a module-level function; its file is loaded by path in each process. The result must be JSON.
+        function: a module-level function; its file is loaded by path in each process, where what the caller can import is found
+            too. The result must be JSON.
         args: JSON values.
         env: variables to set on a rank beside the caller's.
         timeout: seconds until those still running are killed.
@@ -70,6 +71,7 @@ def run_processes(
                 "file": str(code),
                 "function": function.__name__,
                 "args": args,
+                "path": sys.path,
                 "rank": rank,
                 "world_size": world_size,
                 "address": address,
@@ -108,6 +110,7 @@ def _main(job: dict[str, Any]) -> int:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(Path(job["file"]).parent))
+    sys.path.extend(p for p in job["path"] if p not in sys.path)
     spec.loader.exec_module(module)
     store = TCPStore(job["address"], job["port"], is_master=False)
     said: dict[str, Any] = {}

@@ -1,0 +1,3 @@
+class ModelConfig:
+    def get_hidden_size(self):
+        return 32
