@@ -23,15 +23,16 @@ from commplane.api import TransferContext
 from commplane.errors import CommplaneError, PeerError
 from commplane_disagg.engines.base import PoolEngine, address_of, option
 from commplane_disagg.engines.envelope import seal, unseal
+from commplane_disagg.engines.nixl_pace import Pace
 from commplane_disagg.engines.pieces import Pieces
 from commplane_disagg.engines.worker import PeerWorker, Piece, Stop
 
 __all__ = ["Nixl", "NixlMetadata", "load_nixl"]
 
 _VERSION = 1
-_BUSY_SECONDS = 40e-6
-"""A call that takes longer has found something to do: an idle one takes a few microseconds."""
-_LONGEST_PAUSE = 2e-3
+_TARGET_PAUSE, _TARGET_SPIN = 2e-3, 50e-6
+"""A target that spins for longer reads the bytes in smaller bits: the latency is the same and the throughput less."""
+_WRITER_PAUSE, _WRITER_SPIN = 500e-6, 200e-6
 
 
 class NixlMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -127,11 +128,13 @@ class Nixl(PoolEngine):
 
     def _call_target(self) -> None:
         """In a thread, the only one that calls the target agent from now on."""
-        pause = _LONGEST_PAUSE
-        while not self._closing.wait(pause):
+        pace, pause = Pace(_TARGET_PAUSE, _TARGET_SPIN), _TARGET_PAUSE
+        while not self._closing.is_set():
+            if pause:
+                self._closing.wait(pause)
             begun = time.perf_counter()
             self._target.get_new_notifs()
-            pause = 0.0 if time.perf_counter() - begun > _BUSY_SECONDS else min(2 * pause + 20e-6, _LONGEST_PAUSE)
+            pause = pace.after(begun)
 
     def metadata(self) -> bytes:
         """The target agent's own, and where the pool lies."""
@@ -176,15 +179,20 @@ class Nixl(PoolEngine):
                 state = writer.transfer(handle)
             except Exception as error:  # its exceptions share no other class
                 raise Stop(f"peer {peer!r} is lost: {error!r}") from error
-        pause = 0.0
+        pace, pause = Pace(_WRITER_PAUSE, _WRITER_SPIN), 0.0
+        pace.busy()
         try:
             while state == "PROC":
                 if not alive():
                     raise Stop(f"peer {peer!r} was given up")
-                time.sleep(pause)
-                pause = min(pause + 10e-6, 500e-6)
+                if pause:
+                    time.sleep(pause)
+                else:
+                    os.sched_yield()  # a sleep of zero is one of 75 us
                 with self._lock:
+                    begun = time.perf_counter()
                     state = writer.check_xfer_state(handle)
+                    pause = pace.after(begun)
         except Stop:
             raise
         except Exception as error:
