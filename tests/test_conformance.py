@@ -47,7 +47,7 @@ def test_the_page_of_the_kit_names_its_files() -> None:
         pytest.param("torch", "2", [], marks=pytest.mark.long),
         ("custom_ar", "2", []),
         pytest.param("torch", "4", ["-k", "groups"], marks=pytest.mark.long),
-        ("custom_ar", "3,4", ["-k", "groups"]),
+        pytest.param("custom_ar", "3,4", ["-k", "groups"], marks=pytest.mark.long),
         pytest.param("hierarchical", "4", ["--commplane-hosts", "2"], marks=pytest.mark.long),
     ],
 )

@@ -161,7 +161,7 @@ def test_ring_and_memory_orders_are_those_of_the_code():
 # --- the proof ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world", "least"), [(2, 7_000), (3, 300_000)])
+@pytest.mark.parametrize(("world", "least"), [(2, 7_000), pytest.param(3, 300_000, marks=pytest.mark.long)])
 def test_every_collective_alone_is_right(world, least, record_property):
     _clean(search(world, alone(CATALOGUE)), len(CATALOGUE), least, record_property)
 

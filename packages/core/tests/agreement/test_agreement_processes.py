@@ -116,6 +116,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 # What --full takes; by default it is less than half a minute.
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_processes_agree_under_fire(server: Server, request: pytest.FixtureRequest) -> None:
     total = DEFAULT * cases(request.config) // CASES

@@ -57,9 +57,9 @@ def joins_after(store: Any, rank: int, world_size: int, stage: str, how: str) ->
         ("probe", "raise", "probe", "injected into probe"),
         ("probe", "stall", "probe", "did not finish"),
         ("open", "raise", "build", "injected into open"),
-        ("open", "stall", "build", "did not finish"),
+        pytest.param("open", "stall", "build", "did not finish", marks=pytest.mark.long),
         ("canary", "raise", "canary", "injected into canary"),
-        ("canary", "stall", "canary", "did not finish"),
+        pytest.param("canary", "stall", "canary", "did not finish", marks=pytest.mark.long),
         ("canary", "wrong", "canary", "is wrong: element"),
     ],
 )
@@ -200,7 +200,7 @@ def killed_in(store: Any, rank: int, world_size: int, where: str) -> dict[str, A
     return {"missing": None, "text": "nothing was raised"}
 
 
-@pytest.mark.parametrize("where", ["init", "open", "all_reduce"])
+@pytest.mark.parametrize("where", [pytest.param("init", marks=pytest.mark.long), "open", "all_reduce"])
 def test_survivors_of_a_kill_raise_peer_error_naming_the_rank(where: str) -> None:
     outcomes = run_processes(3, killed_in, where)
     assert outcomes[1].returncode == -signal.SIGKILL

@@ -106,6 +106,7 @@ def compiles_for_any_batch(store: Any, rank: int, world_size: int) -> list[int]:
         return [len(recorder.graphs), len(recorder.graphs[-1])]
 
 
+@pytest.mark.long
 def test_another_batch_size_does_not_compile_again() -> None:
     # One graph for the first size, one for all others.
     assert two_ranks(compiles_for_any_batch) == [[2, 3]] * 2
@@ -266,6 +267,7 @@ def falls_back(store: Any, rank: int, world_size: int) -> list[int]:
         return [torch._dynamo.utils.counters["stats"]["unique_graphs"]]
 
 
+@pytest.mark.long
 def test_where_torch_falls_back_to_eager_code_it_leaves_our_insides_alone() -> None:
     graphs = two_ranks(falls_back)
     assert graphs == [[0]] * 2 or TORCH < (2, 7)  # before, torch could only be told of one function, not of what it calls

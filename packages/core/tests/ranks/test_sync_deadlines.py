@@ -58,7 +58,15 @@ def rank_main(
             marks=pytest.mark.long,
             id="one after the other through Gloo",
         ),
-        pytest.param("aabb", None, [0, 0.6, 0, 9], [0, 0, 0.01, 0], [[3]] * 3 + [[]], id="host by host, one late and one away"),
+        pytest.param(
+            "aabb",
+            None,
+            [0, 0.6, 0, 9],
+            [0, 0, 0.01, 0],
+            [[3]] * 3 + [[]],
+            marks=pytest.mark.long,
+            id="host by host, one late and one away",
+        ),
         pytest.param(
             "aaa",
             ["torch"],
