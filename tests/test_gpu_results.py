@@ -93,6 +93,7 @@ def test_it_says_from_where_on_the_two_shot_is_the_faster_one_and_counts_neither
 def test_a_size_that_it_does_not_serve_is_named() -> None:
     rows = [row("custom_ar", 16 * MIB, 5.0), row("torch", 16 * MIB, 9.0), row("torch", 64 * MIB, 30.0)]
     assert verdict(rows)[0].endswith("not slower than NCCL above at 1 of 1 sizes; custom_ar does not serve 67108864 bytes")
+    assert "at 0 of 0 sizes; custom_ar does not serve 67108864 bytes" in verdict(rows[2:])[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -132,7 +133,8 @@ def test_calls_of_different_kinds_are_not_mixed() -> None:
 
 def test_nothing_is_claimed_without_somebody_to_compare_with() -> None:
     assert verdict([row("custom_ar", MIB, 5.0)]) == []
-    assert verdict([row("torch", MIB, 5.0)]) == []
+    alone = verdict([row("torch", MIB, 5.0)])
+    assert alone and all("at 0 of 0 sizes; custom_ar does not serve 1048576 bytes" in line for line in alone)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def _against(rows: Rows) -> list[str]:
             if _us(mine) > _us(best):
                 names = f"{_us(mine):.2f} us, {best['backend']} {best['mode']} {_us(best):.2f}"
                 missed.append(f"{n} bytes ({names}, {_us(mine) / _us(best):.2f})")
-        if compared:
+        if compared or unserved:
             line = f"{goal} at {compared - len(missed)} of {compared} sizes"
             line += f"; not at {', '.join(missed)}" if missed else ""
             lines.append(line + (f"; {OURS} does not serve {', '.join(unserved)}" if unserved else ""))

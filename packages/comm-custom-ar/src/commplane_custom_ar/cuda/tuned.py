@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Final
 
 from commplane.api import SizeRange
@@ -68,10 +69,22 @@ class Row:
 _ANY_CAPABILITY: Final = (0, 9999)
 _FAST_LINKS: Final = ("nvlink", "shared")
 
-# Of n ranks a one-shot sends n - 1 times the message and a two-shot 2 (n - 1) / n times, a hop later: 1.2 us at 360 GB/s.
-_DERIVED: Final = (
-    "derived from 2 x H200: where the bytes that a two-shot saves take as long as its second hop; not measured over NVLink"
-)
+
+def _derived(ranks: tuple[int, int], one_shot: int, most: int) -> Row:
+    """Of more ranks than were measured: one-shot up to `one_shot` bytes, two-shot up to `most`.
+
+    Of n ranks a one-shot sends n - 1 times the message and a two-shot 2 (n - 1) / n times, a hop later: 1.2 us at 360 GB/s.
+    """
+    return Row(
+        source="derived from 2 x H200, not measured: where the bytes that a two-shot saves take as long as its second hop",
+        capability=_ANY_CAPABILITY,
+        links=_FAST_LINKS,
+        ranks=ranks,
+        staged=(Choice(one_shot, "one_shot_push"), Choice(most, "two_shot_push")),
+        readable=(),
+        moves=most,
+    )
+
 
 ROWS: Final[tuple[Row, ...]] = (
     Row(
@@ -83,42 +96,10 @@ ROWS: Final[tuple[Row, ...]] = (
         readable=(),
         moves=None,
     ),
-    Row(
-        source=_DERIVED,
-        capability=_ANY_CAPABILITY,
-        links=_FAST_LINKS,
-        ranks=(3, 3),
-        staged=(Choice(512 * _KIB, "one_shot_push"), Choice(64 * _MIB, "two_shot_push")),
-        readable=(),
-        moves=64 * _MIB,
-    ),
-    Row(
-        source=_DERIVED,
-        capability=_ANY_CAPABILITY,
-        links=_FAST_LINKS,
-        ranks=(4, 4),
-        staged=(Choice(256 * _KIB, "one_shot_push"), Choice(64 * _MIB, "two_shot_push")),
-        readable=(),
-        moves=64 * _MIB,
-    ),
-    Row(
-        source=_DERIVED,
-        capability=_ANY_CAPABILITY,
-        links=_FAST_LINKS,
-        ranks=(5, 6),
-        staged=(Choice(128 * _KIB, "one_shot_push"), Choice(32 * _MIB, "two_shot_push")),
-        readable=(),
-        moves=32 * _MIB,
-    ),
-    Row(
-        source=_DERIVED,
-        capability=_ANY_CAPABILITY,
-        links=_FAST_LINKS,
-        ranks=(7, 8),
-        staged=(Choice(64 * _KIB, "one_shot_push"), Choice(32 * _MIB, "two_shot_push")),
-        readable=(),
-        moves=32 * _MIB,
-    ),
+    _derived(ranks=(3, 3), one_shot=512 * _KIB, most=64 * _MIB),
+    _derived(ranks=(4, 4), one_shot=256 * _KIB, most=64 * _MIB),
+    _derived(ranks=(5, 6), one_shot=128 * _KIB, most=32 * _MIB),
+    _derived(ranks=(7, 8), one_shot=64 * _KIB, most=32 * _MIB),
     Row(
         source="2 GPUs without NVLink: small messages only, where the latency of a launch decides; not measured",
         capability=_ANY_CAPABILITY,
@@ -175,12 +156,10 @@ def norm_ranges(choices: Sequence[Choice], capacity: int) -> list[SizeRange]:
     if not choices:
         return []
     fused, rest = "fused_one_shot", "all_reduce, then add_rms_norm"
-    end = choices[-1].max_bytes
-    whole = capacity
-    two_shot = next((i for i, one in enumerate(choices) if one.algorithm != "one_shot_push"), None)
-    if two_shot is not None:
-        one_shot = choices[two_shot - 1].max_bytes if two_shot else None
-        whole = min(capacity, 2 * one_shot) if one_shot is not None else -1
+    end, whole = choices[-1].max_bytes, capacity
+    one_shot = [one.max_bytes for one in takewhile(lambda one: one.algorithm == "one_shot_push", choices)]
+    if len(one_shot) < len(choices):
+        whole = min(capacity, 2 * (one_shot[-1] or 0)) if one_shot else -1
     if end is not None and end <= whole:
         return [SizeRange(0, end + 1, fused)]
     out = [SizeRange(0, whole + 1, fused)] if whole >= 0 else []
